@@ -1,0 +1,193 @@
+"""The records that flow between layers. Frozen, torch-free; one field has one meaning for its whole life.
+
+Data side:   Message → Example | Pair | Task → Tree (token ids with loss marks)
+Sampling:    Task + Sampling → Completion → Score
+Judgement:   GateReport;  identity of what was produced: ArtefactRef
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `train=False` keeps an assistant turn as context without loss; None follows the stage's rule."""
+
+    role: str
+    content: str
+    train: bool | None = None
+
+    def as_dict(self) -> dict[str, str]:
+        return {"role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A conversation to imitate. `id` is stable: "file.jsonl:17". With `text` set it is plain text, all of it scored."""
+
+    id: str
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two continuations of one prompt; `chosen` is the better one."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A prompt with what a checker needs. `answer` is the gold answer; `extra` holds every other column of the row."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    answer: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+Row = Example | Pair | Task
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One answer in token ids. `scored[i]` says whether token i carries loss: sampled tokens do, tool output does not."""
+
+    token_ids: tuple[int, ...]
+    scored: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A prompt (trunk) and the answers hanging on it. The trunk never carries loss."""
+
+    id: str
+    trunk_ids: tuple[int, ...]
+    branches: tuple[Branch, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.trunk_ids) + sum(len(b.token_ids) for b in self.branches)
+
+    @property
+    def n_scored(self) -> int:
+        return sum(sum(b.scored) for b in self.branches)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample. temperature 0 is greedy; top_p 1 and top_k 0 leave the distribution whole."""
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt asked for len(seeds) completions. A seed fixes its completion whatever else is in the batch."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+
+class Status(StrEnum):
+    FINISHED = "finished"  # ended with a stop token, which is kept
+    CUT = "cut"  # ran into max_new_tokens
+    FAILED = "failed"  # the engine could not produce it; see `detail`
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the engine sampled. `logps` are under the distribution really sampled from, one per token id."""
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    logps: tuple[float, ...]
+    status: Status
+    weight_version: int
+    text: str = ""
+    detail: str = ""
+
+
+class Outcome(StrEnum):
+    SCORED = "scored"
+    CHECKER_FAILED = "checker_failed"
+    TIMED_OUT = "timed_out"
+    CUT = "cut"  # cut before answering: not wrong, not right
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a checker said of one completion. `value` is None whenever the checker itself did not answer."""
+
+    value: float | None
+    outcome: Outcome
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    low: float
+    high: float
+
+    def __contains__(self, x: object) -> bool:
+        return isinstance(x, int | float) and self.low <= x <= self.high
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A share with its denominator. `numerator` may be fractional (partial credit, half a win for a tie)."""
+
+    numerator: float
+    denominator: int
+    interval: Interval
+
+    @property
+    def value(self) -> float:
+        return self.numerator / self.denominator
+
+
+@dataclass(frozen=True, slots=True)
+class GateReport:
+    """Parent and child on the same held-out items, and the verdict."""
+
+    suite: str
+    kind: str  # accuracy | win_rate
+    before: Measured
+    after: Measured
+    gain: float
+    gain_interval: Interval
+    method: str  # how gain_interval was computed
+    min_gain: float
+    passed: bool
+    reasons: tuple[str, ...]
+    seconds: float
+    parent_version: str
+    child_version: str
+    counts: Mapping[str, int] = field(default_factory=dict)  # scored, cut, checker_failed, timed_out ... per side
+
+
+@dataclass(frozen=True, slots=True)
+class ArtefactRef:
+    """A finished model directory. `fingerprint` is of its meaning: parent, recipe stage, data, template, weights."""
+
+    name: str
+    version: str
+    path: str
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
