@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -24,7 +24,9 @@ class DatasetSettings(Section):
 
     path: str = Field(description="a .jsonl or .jsonl.gz file, relative to the recipe; or builtin:NAME")
     format: Literal["auto", "messages", "prompt_completion", "text", "preference", "task"] = "auto"
-    columns: dict[str, str] = Field(default={}, description="our name: the file's column, e.g. {prompt: question, completion: answer}")
+    columns: dict[str, str] = Field(
+        default={}, description="our name: the file's column, e.g. {prompt: question, completion: answer}"
+    )
     limit: Positive | None = Field(default=None, description="take the first N rows")
 
 
@@ -50,7 +52,9 @@ class GateSettings(Section):
     """Judgement after a stage: parent and child answer the same held-out items."""
 
     suite: str = Field(description="a suite file (.yaml), relative to the recipe; or builtin:suites/NAME")
-    min_gain: float = Field(default=0.0, description="the lower bound of the 95 % interval of the gain must lie above this")
+    min_gain: float = Field(
+        default=0.0, description="the lower bound of the 95 % interval of the gain must lie above this"
+    )
     min_score: Share | None = Field(default=None, description="and the child's score must reach this")
     on_fail: Literal["stop", "keep_parent"] | RetryPolicy = "stop"
 
@@ -72,7 +76,9 @@ class StageSettings(Section):
     learning_rate: float = Field(default=2e-5, gt=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: Share = Field(default=0.0, description="cosine and linear end at this share of learning_rate")
-    warmup_ratio: Share | None = Field(default=None, description="share of the steps that warm up; default 0.03 unless warmup_steps is set")
+    warmup_ratio: Share | None = Field(
+        default=None, description="share of the steps that warm up; default 0.03 unless warmup_steps is set"
+    )
     warmup_steps: int | None = Field(default=None, ge=0)
     weight_decay: float = Field(default=0.01, ge=0)
     adam_beta1: Share = 0.9
@@ -82,17 +88,28 @@ class StageSettings(Section):
 
     num_train_epochs: float = Field(default=1.0, gt=0)
     max_steps: Positive | None = Field(default=None, description="overrides num_train_epochs")
-    per_device_train_batch_size: Positive = Field(default=16, description="rows (SFT), pairs (DPO) or prompts (GRPO) per optimiser step")
+    per_device_train_batch_size: Positive = Field(
+        default=16, description="rows (SFT), pairs (DPO) or prompts (GRPO) per optimiser step"
+    )
     micro_batch_tokens: Positive = Field(default=8192, description="token budget of one forward and backward pass")
 
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
+    )
     gradient_checkpointing: bool = False
-    forest: Literal["auto", "on", "off"] = Field(default="auto", description="prompts computed once per group; auto falls back, aloud, where an architecture cannot")
+    forest: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="prompts computed once per group; auto falls back, aloud, where an architecture cannot",
+    )
 
     logging_steps: Positive = 1
-    eval_steps: Positive | None = Field(default=None, description="default: once, at the end, when eval_datasets is set")
+    eval_steps: Positive | None = Field(
+        default=None, description="default: once, at the end, when eval_datasets is set"
+    )
     save_steps: Positive = Field(default=50, description="a checkpoint every N steps")
-    load_best_model_at_end: bool = Field(default=False, description="end with the checkpoint that did best on eval_datasets")
+    load_best_model_at_end: bool = Field(
+        default=False, description="end with the checkpoint that did best on eval_datasets"
+    )
 
 
 class SFTSettings(StageSettings):
@@ -126,8 +143,12 @@ class GRPOSettings(StageSettings):
     beta: float = Field(default=0.0, ge=0, description="weight of the k3 KL to the stage's parent")
     temperature: float = Field(default=1.0, gt=0)
     max_completion_length: Positive = 256
-    mask_truncated_completions: bool = Field(default=False, description="leave cut answers out of the loss instead of scoring them 0")
-    max_checker_failure_rate: Share = Field(default=0.1, description="more failed or timed-out checks than this in a step stop the run")
+    mask_truncated_completions: bool = Field(
+        default=False, description="leave cut answers out of the loss instead of scoring them 0"
+    )
+    max_checker_failure_rate: Share = Field(
+        default=0.1, description="more failed or timed-out checks than this in a step stop the run"
+    )
     allow_without_sft: bool = Field(default=False, description="run on a model that never had SFT")
 
 

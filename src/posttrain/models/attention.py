@@ -1,0 +1,137 @@
+"""Attention over a forest, plugged into every transformers decoder through its attention interface.
+
+Axes: T tokens, H query heads, h key/value heads, D head size; R, Q, K as in `forest`.
+
+The model's forward receives `forest=` as a keyword, hands it to each layer's attention unread, and `forest_attention`
+asks it to attend. Training passes a `ForestAttention`; the sampler passes its own state with the same method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from posttrain.models.forest import AttentionGroup, ForestBatch
+
+IMPLEMENTATION = "posttrain_forest"
+# Arguments some architectures pass to their attention that change its result and that we do not compute.
+UNSUPPORTED = ("s_aux", "position_bias", "cu_seq_lens_q")
+
+
+class ForestUnsupported(Exception):
+    """This architecture asks its attention for something the forest does not do; the caller falls back, aloud."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What a layer asks for besides q, k and v."""
+
+    layer: int
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    dropout: float
+
+
+class Attends(Protocol):
+    def attend(self, call: AttentionCall, q_THD: Tensor, k_ThD: Tensor, v_ThD: Tensor) -> Tensor: ...
+
+
+@dataclass
+class ForestAttention:
+    """Attention of one training batch. With `keep_keys` each layer's keys and values stay readable (for prefill)."""
+
+    batch: ForestBatch
+    keep_keys: bool = False
+    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def attend(self, call: AttentionCall, q_THD: Tensor, k_ThD: Tensor, v_ThD: Tensor) -> Tensor:
+        if self.keep_keys:
+            self.kept[call.layer] = (k_ThD, v_ThD)
+        parts = []
+        for i, group in enumerate(self.batch.groups):
+            q = _rows(q_THD, group.query_index_RQ)
+            k, v = _rows(k_ThD, group.key_index_RK), _rows(v_ThD, group.key_index_RK)
+            out_RHQD = _attend_rows(call, q, k, v, self._mask(i, group, call.window))
+            parts.append(out_RHQD.transpose(1, 2).flatten(0, 1).index_select(0, group.valid_index))
+        return torch.cat(parts).index_select(0, self.batch.order_T)
+
+    def _mask(self, index: int, group: AttentionGroup, window: int | None) -> Tensor | None:
+        if window is not None and window >= group.key_index_RK.shape[1]:
+            window = None
+        if group.plain_causal and window is None:
+            return None
+        key = (index, window)
+        if key not in self._masks:
+            self._masks[key] = group.mask(window)
+        return self._masks[key]
+
+
+def _rows(x_THD: Tensor, index_RL: Tensor) -> Tensor:
+    """Gather token rows: (T, H, D) → (R, H, L, D)."""
+    picked = x_THD.index_select(0, index_RL.flatten())
+    return picked.view(*index_RL.shape, *x_THD.shape[1:]).transpose(1, 2)
+
+
+def _attend_rows(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q (R, H, Q, D), k and v (R, h, K, D); mask None means causal."""
+    if call.softcap is not None:
+        return _softcapped(call, q, k, v, mask)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=call.scale,
+        dropout_p=call.dropout,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def _softcapped(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Gemma 2 squashes scores with tanh before the softmax, which fused kernels do not do."""
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    scale = call.scale if call.scale is not None else q.shape[-1] ** -0.5
+    assert call.softcap is not None
+    scores = call.softcap * torch.tanh((q @ k.transpose(-1, -2)) * scale / call.softcap)
+    if mask is None:
+        n_queries, n_keys = scores.shape[-2:]
+        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).tril()
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, call.dropout) @ v
+
+
+def forest_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # always None: transformers builds no mask for an implementation it does not know
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    forest: Attends | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature. query (1, H, T, D), key and value (1, h, T, D) → (1, T, H, D)."""
+    if forest is None:
+        raise ForestUnsupported("the model did not pass `forest` through to its attention layers")
+    if odd := [name for name in UNSUPPORTED if others.get(name) is not None]:
+        raise ForestUnsupported(f"its attention uses {', '.join(odd)}")
+    if attention_mask is not None:
+        raise ForestUnsupported("it builds an attention mask of its own")
+    call = AttentionCall(int(module.layer_idx), scaling, sliding_window, softcap, dropout)  # type: ignore[arg-type]
+    out_THD = forest.attend(call, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
+    return out_THD.unsqueeze(0), None
+
+
+AttentionInterface.register(IMPLEMENTATION, forest_attention)

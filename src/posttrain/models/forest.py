@@ -1,0 +1,190 @@
+"""The one batch type: prompts are trunks, answers are branches, all laid end to end in one token row.
+
+Axes: T tokens of the row, N scored positions, R attention rows of a group, Q queries and K keys of a row.
+
+A tree with several branches gives one attention row for its trunk and one per branch: the branch's queries see
+the trunk's keys and their own, so a prompt is computed once however many answers hang on it. A tree with one
+branch is a single row. Attention rows are padded to their group's longest; the hidden states never are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from posttrain.records import Tree
+
+# Rows join a group while they are at least this share of its longest: padding inside attention stays below it.
+MIN_FILL = 0.75
+# and while the group's score matrix stays below this many entries per head.
+MAX_GROUP_SCORES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRow:
+    """Consecutive queries of one segment; their keys are the trunk's tokens (the prefix), then their own."""
+
+    start: int  # of the queries in T
+    length: int
+    prefix_start: int
+    prefix_length: int
+
+    @property
+    def n_keys(self) -> int:
+        return self.prefix_length + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionGroup:
+    """Rows of similar length. Query j of row r has depth prefix_R[r] + j; key k has depth k."""
+
+    query_index_RQ: Tensor
+    key_index_RK: Tensor
+    prefix_R: Tensor
+    plain_causal: bool  # no row has a prefix: the causal mask alone is right
+    valid_index: Tensor  # flat indices of the real (unpadded) queries in R×Q
+
+    def mask(self, window: int | None) -> Tensor:
+        """(R, 1, Q, K) bool: which keys a query may see; `window` is a sliding attention window in tokens."""
+        n_queries, n_keys = self.query_index_RQ.shape[1], self.key_index_RK.shape[1]
+        device = self.prefix_R.device
+        depth_RQ1 = (self.prefix_R[:, None] + torch.arange(n_queries, device=device))[:, :, None]
+        depth_K = torch.arange(n_keys, device=device)
+        seen_RQK = depth_K <= depth_RQ1
+        if window is not None:
+            seen_RQK &= depth_K > depth_RQ1 - window
+        return seen_RQK[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class LossTable:
+    """The N scored positions. `hidden_index_N[i]` is the token whose hidden state predicts `target_N[i]`, and
+    `branch_N[i]` the branch it belongs to, branches counted over the whole batch."""
+
+    hidden_index_N: Tensor
+    target_N: Tensor
+    branch_N: Tensor
+    n_branches: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForestBatch:
+    """A forest on a device, with everything the forward pass and the head need."""
+
+    token_ids_T: Tensor
+    position_ids_T: Tensor
+    groups: tuple[AttentionGroup, ...]
+    order_T: Tensor  # concatenated group outputs → token order
+    table: LossTable
+
+
+class _Row:
+    """The token row under construction."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.positions: list[int] = []
+        self.attention: list[AttentionRow] = []
+
+    def lay(self, ids: Sequence[int], depth: int) -> int:
+        start = len(self.token_ids)
+        self.token_ids.extend(ids)
+        self.positions.extend(range(depth, depth + len(ids)))
+        return start
+
+    def attend(self, start: int, length: int, prefix_start: int = 0, prefix_length: int = 0) -> None:
+        if length:
+            self.attention.append(AttentionRow(start, length, prefix_start, prefix_length))
+
+
+def build_forest(
+    trees: Sequence[Tree], device: torch.device | str = "cpu", *, share_trunks: bool = True
+) -> ForestBatch:
+    """Lay trees end to end. With `share_trunks=False` every branch gets its own copy of the trunk (the slow twin)."""
+    row = _Row()
+    hidden_index: list[int] = []
+    for tree in trees:
+        n_trunk = len(tree.trunk_ids)
+        shared = share_trunks and len(tree.branches) != 1
+        if shared:
+            trunk_start = row.lay(tree.trunk_ids, 0)
+            row.attend(trunk_start, n_trunk)
+        for branch in tree.branches:
+            if not shared:
+                trunk_start = row.lay(tree.trunk_ids, 0)
+            start = row.lay(branch.token_ids, n_trunk)
+            if shared:
+                row.attend(start, len(branch.token_ids), trunk_start, n_trunk)
+            else:
+                row.attend(trunk_start, n_trunk + len(branch.token_ids))
+            before = (trunk_start + n_trunk - 1, *range(start, start + len(branch.token_ids) - 1))
+            hidden_index += [h for h, scored in zip(before, branch.scored, strict=True) if scored]
+    groups = tuple(_group(g, device) for g in _bucket(row.attention))
+    laid_T = torch.cat([g.query_index_RQ.flatten()[g.valid_index] for g in groups])
+    return ForestBatch(
+        token_ids_T=torch.tensor(row.token_ids, device=device),
+        position_ids_T=torch.tensor(row.positions, device=device),
+        groups=groups,
+        order_T=torch.argsort(laid_T),
+        table=loss_table(trees, hidden_index, device),
+    )
+
+
+def loss_table(trees: Sequence[Tree], hidden_index: Sequence[int], device: torch.device | str) -> LossTable:
+    """The table for `hidden_index`, which names a hidden state for every scored token in tree order."""
+    branches = [b for t in trees for b in t.branches]
+    if unpredicted := [t.id for t in trees for b in t.branches if not t.trunk_ids and b.scored[:1] == (True,)]:
+        raise ValueError(f"{unpredicted[0]}: the first token of a tree without a trunk has nothing to predict it")
+    targets = [i for b in branches for i, scored in zip(b.token_ids, b.scored, strict=True) if scored]
+    branch_of = [n for n, b in enumerate(branches) for scored in b.scored if scored]
+    columns = [torch.tensor(c, dtype=torch.long, device=device) for c in (hidden_index, targets, branch_of)]
+    return LossTable(columns[0], columns[1], columns[2], len(branches))
+
+
+def _bucket(rows: list[AttentionRow]) -> Iterator[list[AttentionRow]]:
+    """Rows of similar shape together, longest first, prefix rows apart from plain ones."""
+    rows = sorted(rows, key=lambda r: (r.prefix_length > 0, r.n_keys, r.length), reverse=True)
+    group: list[AttentionRow] = []
+    for row in rows:
+        if group:
+            first = group[0]
+            queries = max(r.length for r in group)
+            too_short = row.n_keys < MIN_FILL * first.n_keys or row.length < MIN_FILL * queries
+            too_big = (len(group) + 1) * max(queries, row.length) * first.n_keys > MAX_GROUP_SCORES
+            if (row.prefix_length > 0) != (first.prefix_length > 0) or too_short or too_big:
+                yield group
+                group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def _group(rows: list[AttentionRow], device: torch.device | str) -> AttentionGroup:
+    def column(values: Iterator[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.long)
+
+    start, length = column(r.start for r in rows), column(r.length for r in rows)
+    prefix_start, prefix = column(r.prefix_start for r in rows), column(r.prefix_length for r in rows)
+    q = torch.arange(int(length.max()))
+    k = torch.arange(int((prefix + length).max()))
+    valid_RQ = q < length[:, None]
+    query_index_RQ = torch.where(valid_RQ, start[:, None] + q, start[:, None])
+    own_RK = start[:, None] + (k - prefix[:, None]).clamp(min=0)
+    key_index_RK = torch.where(k < prefix[:, None], prefix_start[:, None] + k, own_RK)
+    # Padded keys point at the row's first query; every real query masks them, being less deep.
+    key_index_RK = torch.where(k < (prefix + length)[:, None], key_index_RK, start[:, None])
+    return AttentionGroup(
+        query_index_RQ=query_index_RQ.to(device),
+        key_index_RK=key_index_RK.to(device),
+        prefix_R=prefix.to(device),
+        plain_causal=not bool(prefix.any()),
+        valid_index=valid_RQ.flatten().nonzero().squeeze(1).to(device),
+    )
+
+
+def unshared_tokens(trees: Sequence[Tree]) -> int:
+    """Tokens the same trees would cost with one prompt copy per answer: what the forest saves is measured against this."""
+    return sum(len(t.trunk_ids) * max(1, len(t.branches)) + sum(len(b.token_ids) for b in t.branches) for t in trees)

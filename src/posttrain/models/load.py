@@ -1,0 +1,185 @@
+"""Models in and out: load a base model or an artefact, prove the forest on it, save what any loader opens."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.errors import DoesNotFit, ModelError
+from posttrain.models.attention import IMPLEMENTATION, ForestUnsupported
+from posttrain.models.policy import Policy, stock_attention
+from posttrain.records import Branch, Tree
+
+# Largest log-probability difference between forest and padded rows on random tokens that passes the probe.
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    dtype: str = "auto"  # auto | float32 | bfloat16
+    forest: str = "auto"  # auto | on | off
+    frozen_base: bool = False  # an adapter trains, or nothing does: the base may live in the compute type
+    gradient_checkpointing: bool = False
+
+
+def load_policy(source: str, options: LoadOptions = LoadOptions(), *, chat_template: str | None = None) -> Policy:
+    """Load weights and tokenizer from a directory or a Hub name. Trained weights are kept in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute = _compute_type(options.dtype, device)
+    kept = compute if options.frozen_base else torch.float32
+    _refuse_missing(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=kept)
+    except torch.OutOfMemoryError as e:
+        raise DoesNotFit(f"{source} does not fit into this device's memory.", remedy="Use a smaller model.") from e
+    except (OSError, ValueError, KeyError) as e:
+        raise ModelError(
+            f"model {source!r} cannot be loaded: {_first_line(e)}",
+            remedy="Give a directory with config.json, weights and tokenizer, a Hub name you have access to, or builtin:tiny-base.",
+        ) from e
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    model.to(device).eval()
+    model.config.use_cache = False
+    policy = Policy(model, tokenizer, autocast=compute if compute != kept else None)
+    choose_layout(policy, options.forest)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy
+
+
+def _compute_type(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def _refuse_missing(source: str) -> None:
+    path = Path(source)
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ModelError(
+            f"model directory {source} has no config.json.", remedy="Point `model` at a Hugging Face model directory."
+        )
+    if looks_local and not path.is_dir():
+        raise ModelError(
+            f"model directory {source} does not exist.", remedy="Correct `model`, relative to the recipe's folder."
+        )
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+
+def choose_layout(policy: Policy, forest: str) -> None:
+    """Decide between forest and padded rows by a parity probe; a fallback is noted on the policy, never silent."""
+    stock = policy.model.config._attn_implementation
+    if forest == "off":
+        policy.layout = "padded"
+        return
+    reason = probe_forest(policy)
+    if reason is None:
+        policy.layout = "forest"
+        return
+    if forest == "on":
+        raise ModelError(
+            f"forest: on, but {policy.model.config.model_type} cannot: {reason}.",
+            remedy="Use forest: auto, which falls back to padded rows.",
+        )
+    policy.model.set_attn_implementation(stock)
+    policy.layout = "padded"
+    policy.notes.append(
+        f"forest off for {policy.model.config.model_type} ({reason}); prompts are recomputed per answer"
+    )
+
+
+@torch.no_grad()
+def probe_forest(policy: Policy) -> str | None:
+    """None when forest and padded rows agree on random tokens; else why not. Leaves the forest attention switched on."""
+    trees = _probe_trees(policy.model.config.vocab_size)
+    try:
+        policy.model.set_attn_implementation(IMPLEMENTATION)
+        policy.layout = "forest"
+        forest, _ = policy.score(trees)
+    except (ForestUnsupported, ValueError, TypeError, AttributeError) as e:
+        return _first_line(e)
+    policy.layout = "padded"
+    with stock_attention(policy.model):
+        padded, _ = policy.score(trees)
+    compute = policy.autocast or policy.model.dtype
+    gap = float((forest.logp_N - padded.logp_N).abs().max())
+    return None if gap <= PROBE_TOLERANCE[compute] else f"log-probs differ from padded rows by {gap:.2g}"
+
+
+def _probe_trees(vocabulary: int) -> list[Tree]:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(vocabulary, (n,), generator=generator).tolist())
+
+    def branches(*lengths: int) -> tuple[Branch, ...]:
+        return tuple(Branch(ids(n), (True,) * n) for n in lengths)
+
+    return [Tree("probe-group", ids(9), branches(5, 3, 7)), Tree("probe-single", ids(4), branches(6))]
+
+
+def save_policy(policy: Policy, directory: Path, *, stop_token_ids: tuple[int, ...]) -> None:
+    """Write weights, config, tokenizer and template. An adapter is written merged at the root and alone in adapter/."""
+    model = policy.model
+    state = merged_state(policy)
+    model.generation_config.eos_token_id = list(stop_token_ids)
+    model.generation_config.pad_token_id = model.generation_config.pad_token_id or policy.tokenizer.pad_token_id
+    model.config.use_cache = True
+    model.save_pretrained(directory, state_dict=state)
+    model.config.use_cache = False
+    policy.tokenizer.save_pretrained(directory)
+    if policy.adapter is not None:
+        policy.adapter.save_pretrained(directory / "adapter")
+
+
+def merged_state(policy: Policy) -> dict[str, torch.Tensor]:
+    """Weights under their stock names; adapters are merged into a float32 copy, never in place."""
+    if policy.adapter is None:
+        return dict(policy.model.state_dict())
+    merged: dict[str, torch.Tensor] = {}
+    deltas = _adapter_deltas(policy.model)
+    for name, tensor in policy.model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        stock = name.replace(".base_layer.", ".")
+        delta = deltas.get(stock.removesuffix(".weight"))
+        merged[stock] = (
+            tensor
+            if delta is None or not stock.endswith(".weight")
+            else (tensor.float() + delta.float()).to(tensor.dtype)
+        )
+    return merged
+
+
+def _adapter_deltas(model: Any) -> dict[str, torch.Tensor]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        name: module.get_delta_weight(module.active_adapters[0])
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+
+
+def weights_fingerprint(policy: Policy, *, frozen_only: bool = False) -> str:
+    """sha256 over names and bytes of the weights; `frozen_only` leaves out those that train."""
+    digest = hashlib.sha256()
+    trained = set(policy.trainable()) if frozen_only else set()
+    for name, tensor in sorted(policy.model.state_dict().items()):
+        if name in trained:
+            continue
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

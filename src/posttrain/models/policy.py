@@ -1,0 +1,108 @@
+"""A causal language model with its tokenizer, as every method uses it: trees in, log-probabilities out.
+
+Axes: T tokens, D width, N scored positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.models.attention import IMPLEMENTATION, Attends, ForestAttention
+from posttrain.models.forest import ForestBatch, LossTable, build_forest
+from posttrain.models.head import Head, Scored, head_of, score
+from posttrain.models.padded import PaddedBatch, build_padded
+from posttrain.records import Tree
+
+
+@dataclass
+class Policy:
+    """`model` is the transformers causal LM (with adapter layers inside it, if any); `adapter` the peft wrapper."""
+
+    model: Any
+    tokenizer: Any
+    layout: str = "forest"  # forest | padded
+    adapter: Any = None
+    autocast: torch.dtype | None = None  # compute type when it differs from the weights'
+    notes: list[str] = field(default_factory=list)  # what the user must be told about this model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def head(self) -> Head:
+        return head_of(self.model)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def batch(self, trees: Sequence[Tree]) -> ForestBatch | PaddedBatch:
+        if self.layout == "forest":
+            return build_forest(trees, self.device)
+        return build_padded(trees, self.device)
+
+    def compute(self) -> Any:
+        """Context of every forward pass: autocast where the recipe computes in another type than it keeps."""
+        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+
+    def hidden(self, batch: ForestBatch | PaddedBatch) -> Tensor:
+        """Final hidden states, (tokens of the batch, D)."""
+        if isinstance(batch, ForestBatch):
+            return self.hidden_forest(batch.token_ids_T, batch.position_ids_T, ForestAttention(batch))
+        with self.compute(), stock_attention(self.model):
+            out = self.model.base_model(input_ids=batch.token_ids_BL, attention_mask=batch.mask_BL, use_cache=False)
+        return out.last_hidden_state.flatten(0, 1)
+
+    def hidden_forest(self, token_ids_T: Tensor, position_ids_T: Tensor, forest: Attends) -> Tensor:
+        with self.compute():
+            out = self.model.base_model(
+                input_ids=token_ids_T[None], position_ids=position_ids_T[None], use_cache=False, forest=forest
+            )
+        return out.last_hidden_state[0]
+
+    def score(self, trees: Sequence[Tree], *, temperature: float = 1.0) -> tuple[Scored, LossTable]:
+        """Log-probabilities of every scored token of the trees, in tree order."""
+        batch = self.batch(trees)
+        hidden_ND = self.hidden(batch).index_select(0, batch.table.hidden_index_N)
+        return score(hidden_ND, batch.table.target_N, self.head, temperature=temperature), batch.table
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        assert self.adapter is not None, "only a model with an adapter can switch it off"
+        with self.adapter.disable_adapter():
+            yield
+
+
+@contextmanager
+def stock_attention(model: Any) -> Iterator[None]:
+    """transformers' own attention for the duration: SDPA where the architecture has it, else eager."""
+    before = model.config._attn_implementation
+    if before != IMPLEMENTATION:
+        yield
+        return
+    model.set_attn_implementation(
+        "sdpa" if getattr(model, "_supports_sdpa", False) and not _softcaps(model) else "eager"
+    )
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _softcaps(model: Any) -> bool:
+    return getattr(model.config, "attn_logit_softcapping", None) is not None
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Preference and RL ratios must not carry dropout noise."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
