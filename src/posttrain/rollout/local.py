@@ -1,0 +1,247 @@
+"""The in-process sampler. It shares the trainer's weights: nothing is copied, nothing can be stale.
+
+Axes: P groups, G slots per group, S = P·G slots, V vocabulary.
+
+Prompts are prefilled as forest trunks; each group then decodes from one copy of its prompt's keys and values.
+Finished answers leave: dead slots are compacted away, and waiting prompts join the running batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.models.attention import ForestAttention
+from posttrain.models.forest import build_forest
+from posttrain.models.policy import Policy
+from posttrain.records import Completion, Request, Sampling, Status, Tree
+from posttrain.rollout.cache import ForestCache, prefill_cache
+from posttrain.rollout.engine import Progress
+from posttrain.rollout.recompute import next_logits
+from posttrain.rollout.sampling import Drawn, draw, uniform
+
+COMPACT_BELOW = 0.7  # share of slots alive under which dead ones are compacted away
+ADMIT_BELOW = 0.5  # share of the slot limit under which waiting prompts join
+MEMORY_SHARE = 0.25  # of the free memory may hold answers' keys and values
+MAX_SLOTS = 1024
+
+
+@dataclass
+class Answer:
+    """One completion under construction."""
+
+    request: int
+    index: int
+    seed: int
+    prompt_ids: tuple[int, ...]
+    token_ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    status: Status | None = None
+    detail: str = ""
+
+
+@dataclass
+class Running:
+    """The batch being decoded: a grid of P groups by G slots; `answers[s]` is None where a slot only pads its group."""
+
+    cache: ForestCache
+    answers: list[Answer | None]
+    last_token_S: Tensor
+
+    @property
+    def alive(self) -> np.ndarray:
+        return np.array([a is not None and a.status is None for a in self.answers], dtype=bool)
+
+
+class LocalEngine:
+    def __init__(self, policy: Policy, decode: Callable[[Sequence[int]], str], *, max_slots: int = MAX_SLOTS) -> None:
+        self._policy, self._decode, self._max_slots = policy, decode, max_slots
+        self._version = 0
+
+    @property
+    def weight_version(self) -> int:
+        return self._version
+
+    def update(self, version: int) -> None:
+        self._version = version
+
+    def health(self) -> str:
+        return f"in-process sampler on {self._policy.device}, {self._policy.layout} layout, weights {self._version}"
+
+    @torch.no_grad()
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+    ) -> list[list[Completion]]:
+        groups = [
+            [Answer(i, j, seed, r.prompt_ids) for j, seed in enumerate(r.seeds)] for i, r in enumerate(requests)
+        ]
+        self._fail_overlong(groups, sampling)
+        waiting = deque(g for g in groups if g and g[0].status is None)
+        n_all = sum(len(g) for g in groups)
+        was_training = self._policy.model.training
+        self._policy.model.eval()
+        try:
+            self._run(waiting, sampling, lambda: progress(sum(a.status is not None for g in groups for a in g), n_all) if progress else None)
+        finally:
+            self._policy.model.train(was_training)
+        return [[self._completion(a, requests[a.request]) for a in g] for g in groups]
+
+    def _run(self, waiting: deque[list[Answer]], sampling: Sampling, report: Callable[[], None]) -> None:
+        if self._policy.layout == "padded":
+            self._run_recomputing(waiting, sampling, report)
+            return
+        limit = self._slots_that_fit(sampling)
+        running: Running | None = None
+        while waiting or running:
+            n_alive = int(running.alive.sum()) if running else 0
+            if waiting and n_alive <= ADMIT_BELOW * limit:
+                admitted = self._admit(waiting, limit - n_alive, sampling)
+                running = _join(_compact(running), admitted)
+            elif running and n_alive < COMPACT_BELOW * len(running.answers):
+                running = _compact(running)
+            if running is None:
+                continue
+            self._step(running, sampling)
+            if not running.alive.any():
+                running = None
+            report()
+
+    def _admit(self, waiting: deque[list[Answer]], room: int, sampling: Sampling) -> Running:
+        """Prefill as many waiting groups as fit (at least one) and draw every answer's first token."""
+        admitted = [waiting.popleft()]
+        while waiting and sum(map(len, admitted)) + len(waiting[0]) <= room:
+            admitted.append(waiting.popleft())
+        trees = [Tree(str(g[0].request), g[0].prompt_ids, ()) for g in admitted]
+        batch = build_forest(trees, self._policy.device)
+        attention = ForestAttention(batch, keep_keys=True)
+        hidden_TD = self._policy.hidden_forest(batch.token_ids_T, batch.position_ids_T, attention)
+        lengths = [len(t.trunk_ids) for t in trees]
+        last_P = torch.tensor(lengths, device=hidden_TD.device).cumsum(0) - 1
+        n_slots = max(map(len, admitted))
+        answers = [a for g in admitted for a in (*g, *[None] * (n_slots - len(g)))]
+        logits_SV = self._policy.head.logits(hidden_TD[last_P]).repeat_interleave(n_slots, dim=0)
+        drawn = _draw_and_record(answers, logits_SV, sampling)
+        return Running(prefill_cache(attention.kept, lengths, n_slots), answers, drawn.token_B)
+
+    def _step(self, running: Running, sampling: Sampling) -> None:
+        if not running.alive.any():
+            return
+        hidden_SD = self._policy.hidden_forest(running.last_token_S, running.cache.depth_S, running.cache)
+        running.cache.advance()
+        drawn = _draw_and_record(running.answers, self._policy.head.logits(hidden_SD), sampling)
+        running.last_token_S = drawn.token_B
+
+    def _run_recomputing(self, waiting: deque[list[Answer]], sampling: Sampling, report: Callable[[], None]) -> None:
+        """For architectures the forest cannot serve: every step runs the whole row again. Right, and slow."""
+        while waiting:
+            answers: list[Answer | None] = []
+            while waiting and len(answers) < self._max_slots:
+                answers += waiting.popleft()
+            while answers := [a for a in answers if a is not None and a.status is None]:
+                rows = [(*a.prompt_ids, *a.token_ids) for a in answers if a is not None]
+                _draw_and_record(answers, next_logits(self._policy, rows), sampling)
+                report()
+
+    def _slots_that_fit(self, sampling: Sampling) -> int:
+        config = self._policy.model.config
+        n_kv = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        element = (self._policy.autocast or self._policy.model.dtype).itemsize
+        per_slot = 2 * config.num_hidden_layers * n_kv * head_dim * element * sampling.max_new_tokens
+        return max(1, min(self._max_slots, int(MEMORY_SHARE * _free_memory(self._policy.device) / per_slot)))
+
+    def _fail_overlong(self, groups: list[list[Answer]], sampling: Sampling) -> None:
+        limit = getattr(self._policy.model.config, "max_position_embeddings", None)
+        for group in groups:
+            for a in group:
+                if limit is not None and len(a.prompt_ids) + sampling.max_new_tokens > limit:
+                    a.status = Status.FAILED
+                    a.detail = (
+                        f"prompt of {len(a.prompt_ids)} tokens and {sampling.max_new_tokens} new ones "
+                        f"exceed the model's {limit} positions"
+                    )
+
+    def _completion(self, a: Answer, request: Request) -> Completion:
+        assert a.status is not None
+        return Completion(
+            request_id=request.id,
+            index=a.index,
+            token_ids=tuple(a.token_ids),
+            logps=tuple(a.logps),
+            status=a.status,
+            weight_version=self._version,
+            text=self._decode(a.token_ids),
+            detail=a.detail,
+        )
+
+
+def _draw_and_record(answers: Sequence[Answer | None], logits_SV: Tensor, sampling: Sampling) -> Drawn:
+    """Draw one token per slot and append it to the answers still alive, ending those that stop, run out or break."""
+    seeds = np.array([a.seed if a else 0 for a in answers], dtype=np.uint64)
+    positions = np.array([len(a.token_ids) if a else 0 for a in answers], dtype=np.uint64)
+    drawn = draw(logits_SV, sampling, uniform(seeds, positions))
+    for a, token, logp in zip(answers, drawn.token_B.tolist(), drawn.logp_B.tolist(), strict=True):
+        if a is None or a.status is not None:
+            continue
+        if not np.isfinite(logp):
+            a.status, a.detail = Status.FAILED, "the model's logits are not finite"
+            continue
+        a.token_ids.append(token)
+        a.logps.append(logp)
+        if token in sampling.stop_token_ids:
+            a.status = Status.FINISHED
+        elif len(a.token_ids) >= sampling.max_new_tokens:
+            a.status = Status.CUT
+    return drawn
+
+
+def _compact(running: Running | None) -> Running | None:
+    """Drop groups that are done and shrink the rest to the most alive slots any of them has."""
+    if running is None or not running.alive.any():
+        return None
+    n_slots = running.cache.n_slots_per_group
+    alive_PG = running.alive.reshape(-1, n_slots)
+    groups = np.flatnonzero(alive_PG.any(axis=1))
+    width = int(alive_PG.sum(axis=1).max())
+    slots = np.argsort(~alive_PG[groups], axis=1, kind="stable")[:, :width]  # alive ones first
+    flat = (groups[:, None] * n_slots + slots).ravel()
+    device = running.last_token_S.device
+    cache = running.cache.keep(torch.from_numpy(groups).to(device), torch.from_numpy(slots).to(device))
+    answers = [running.answers[s] if running.alive[s] else None for s in flat]
+    return Running(cache, answers, running.last_token_S[torch.from_numpy(flat).to(device)])
+
+
+def _join(running: Running | None, admitted: Running) -> Running:
+    if running is None:
+        return admitted
+    width = max(running.cache.n_slots_per_group, admitted.cache.n_slots_per_group)
+    parts = [_widened(r, width) for r in (running, admitted)]
+    answers = [a for part_answers, _ in parts for a in part_answers]
+    return Running(running.cache.join(admitted.cache), answers, torch.cat([last for _, last in parts]))
+
+
+def _widened(running: Running, width: int) -> tuple[list[Answer | None], Tensor]:
+    """The grid's answers and last tokens with every group padded to `width` slots."""
+    have = running.cache.n_slots_per_group
+    last_PG = running.last_token_S.view(-1, have)
+    last_PG = torch.cat([last_PG, last_PG[:, -1:].expand(-1, width - have)], dim=1)
+    answers: list[Answer | None] = []
+    for start in range(0, len(running.answers), have):
+        answers += [*running.answers[start : start + have], *[None] * (width - have)]
+    return answers, last_PG.flatten()
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes free on the device; on a CPU what the kernel calls available, or 4 GiB where it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:  # noqa: PTH123
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 << 30
