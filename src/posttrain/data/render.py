@@ -210,5 +210,9 @@ class Renderer:
 
 
 def _branch(pieces: Sequence[Piece], ids: dict[str, tuple[int, ...]]) -> Branch:
-    tokens = [(token, piece.scored) for piece in pieces for token in ids[piece.text]]
-    return Branch(token_ids=tuple(t for t, _ in tokens), scored=tuple(s for _, s in tokens))
+    token_ids: list[int] = []
+    scored: list[bool] = []
+    for piece in pieces:
+        token_ids += ids[piece.text]
+        scored += [piece.scored] * len(ids[piece.text])
+    return Branch(tuple(token_ids), tuple(scored))

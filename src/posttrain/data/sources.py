@@ -8,6 +8,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,7 @@ def read_source(path: Path, *, label: str | None = None, limit: int | None = Non
         )
     raw = _bytes_of(path)
     rows: list[RawRow] = []
-    for number, value in reader(raw, path):
-        if limit is not None and len(rows) == limit:
-            break
+    for number, value in islice(reader(raw, path), limit):
         where = f"{path}:{number}"
         if not isinstance(value, dict):
             raise DataError(
