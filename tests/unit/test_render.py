@@ -104,7 +104,7 @@ def test_training_tokens_are_sampling_tokens(name: str, request: pytest.FixtureR
 
 
 def test_boundaries_never_merge_prompt_and_answer(chatml: Renderer) -> None:
-    """Tokenised as one text, the prompt's last line break would join the answer's; the sampler never sees that token."""
+    """As one text, the prompt's last line break would join the answer's into a token the sampler never sees."""
     tree = chatml.example(Example("d:1", (U1, Message("assistant", "\n\nShe"))))
     joined = chatml.tokenizer(chatml.decode(tree.trunk_ids + tree.branches[0].token_ids)).input_ids
     assert tuple(joined) != tree.trunk_ids + tree.branches[0].token_ids
