@@ -111,3 +111,12 @@ def test_read_only_file_system(small_disk: Path) -> None:
     assert "POSTTRAIN_HOME" in caught.value.remedy
     with pytest.raises(ArtefactError, match="Read-only"):
         files.write_directory(small_disk / "artefact", lambda _: None)
+
+
+def test_full_disk_while_creating_the_registry(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from posttrain.registry.store import ModelStore
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(DoesNotFit, match="disk full"):
+        ModelStore(small_disk).log_run("helper", "sft", key="k", params={}, metrics={})
+    assert list(small_disk.iterdir()) == []

@@ -74,11 +74,16 @@ def faults(home: Path) -> Iterator[None]:
         with writing(home):
             yield
     except (MlflowException, SQLAlchemyError, sqlite3.Error) as error:
+        says = (str(error).splitlines() or [type(error).__name__])[0]
         raise ArtefactError(
-            f"the MLflow store says: {(str(error).splitlines() or [type(error).__name__])[0]}",
-            where=re.sub(r"//[^/@]*@", "//", tracking_uri(home)),  # never print a password
+            f"the MLflow store says: {_without_password(says)}",
+            where=_without_password(tracking_uri(home)),
             remedy="Check that MLFLOW_TRACKING_URI names a reachable store, or unset it to use the file in the home.",
         ) from error
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def _prepare(database: Path) -> None:
