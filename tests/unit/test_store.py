@@ -223,6 +223,8 @@ def test_what_cannot_be_found_says_what_is_there(store: ModelStore, ref: str, sa
 def test_a_deleted_directory_is_said_so(store: ModelStore) -> None:
     ref = made(store, "1")
     store.register("helper", ref)
+    (Path(ref.path) / "manifest.json").write_text("{}")
+    assert store.entries()[0].gate == "manifest unreadable"
     shutil.rmtree(ref.path)
     assert store.entries()[0].gate == "directory missing"
     with pytest.raises(ArtefactError, match=r"is registered, but its directory .* is not there"):

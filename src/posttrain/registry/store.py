@@ -165,6 +165,7 @@ class ModelStore:
         displaced = self._aliases(name).get(to)
         version = str(entry.version)
         with tracking.faults(self.home):
+            self._client.set_model_version_tag(name, version, GATE, verdict(gate))
             if force_because:
                 self._client.set_model_version_tag(name, version, FORCED, force_because)
             # Remember first, point second: a kill in between leaves a memory that `rollback` recognises as stale.
@@ -289,7 +290,7 @@ class ModelStore:
             aliases=tuple(sorted(alias for alias, target in aliases.items() if target == number)),
             path=str(path),
             fingerprint=version.tags.get(FINGERPRINT, ""),
-            gate=verdict(read_manifest(path).gate) if is_artefact(path) else "directory missing",
+            gate=_verdict_at(path),
             created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
         )
 
@@ -315,6 +316,16 @@ class ModelStore:
         """Servers refuse a bare local path, which they could not read anyway; the scheme says whose disk it is on."""
         absolute = str(Path(path).resolve())
         return f"posttrain:{absolute}" if tracking.tracking_uri(self.home).startswith("http") else absolute
+
+
+def _verdict_at(path: Path) -> str:
+    """One bad directory must not hide the others from a listing; whoever uses it hears the whole story."""
+    if not is_artefact(path):
+        return "directory missing"
+    try:
+        return verdict(read_manifest(path).gate)
+    except ArtefactError:
+        return "manifest unreadable"
 
 
 def lineage_of(directory: Path) -> list[Ancestor]:
