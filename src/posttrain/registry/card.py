@@ -1,0 +1,117 @@
+"""The model card: what a person needs to judge and load an artefact, rendered from its manifest."""
+
+from __future__ import annotations
+
+import re
+
+from posttrain.records import ArtefactRef, GateReport, Measured
+from posttrain.registry.manifest import Manifest
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def verdict(gate: GateReport | None) -> str:
+    """One line for tables and tags."""
+    if gate is None:
+        return "not judged"
+    low, high = 100 * gate.gain_interval.low, 100 * gate.gain_interval.high
+    measured = f"{gate.suite} {_percent(gate.before)} → {_percent(gate.after)}, gain [{low:+.1f}, {high:+.1f}] points"
+    return f"{'passed' if gate.passed else 'refused'}: {measured}"
+
+
+def render_card(manifest: Manifest, *, is_adapter: bool) -> str:
+    """README.md of an artefact. Every number in it is also in manifest.json."""
+    sections = (
+        _header(manifest, is_adapter),
+        _gate(manifest.gate),
+        _data(manifest),
+        _loading(is_adapter),
+        _made_with(manifest),
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _header(manifest: Manifest, is_adapter: bool) -> str:
+    reference = str(manifest.parent)
+    front = [
+        "---",
+        f"library_name: {'peft' if is_adapter else 'transformers'}",
+        "pipeline_tag: text-generation",
+        "license: unknown",
+    ]
+    if not isinstance(manifest.parent, ArtefactRef) and _HUB_ID.fullmatch(reference):
+        front.append(f"base_model: {reference}")
+    kind = "A low-rank adapter" if is_adapter else "A language model"
+    return "\n".join(
+        [
+            *front,
+            "---",
+            f"# {manifest.name}@{manifest.version}",
+            "",
+            f"{kind} made by stage `{manifest.stage}` ({manifest.method}) from `{reference}`.",
+            "",
+            "Licence: not stated. The licences of the base model and of the data apply; check them before use.",
+        ]
+    )
+
+
+def _gate(gate: GateReport | None) -> str:
+    if gate is None:
+        return "## Evaluation\n\nNot judged on held-out data."
+    low, high = gate.gain_interval.low, gate.gain_interval.high
+    lines = [
+        "## Evaluation",
+        "",
+        f"Verdict: **{'passed' if gate.passed else 'refused'}** on the held-out suite `{gate.suite}` ({gate.kind}).",
+        "",
+        "| | score | right / items | 95 % interval |",
+        "|---|---|---|---|",
+        _row(f"parent {gate.parent_version}", gate.before),
+        _row(f"this model {gate.child_version}", gate.after),
+        "",
+        f"Gain {gate.gain:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}] by {gate.method};",
+        f"the lower bound had to lie above {gate.min_gain:+.4f}.",
+        *(f"- {reason}" for reason in gate.reasons),
+    ]
+    return "\n".join(lines)
+
+
+def _row(label: str, measured: Measured) -> str:
+    interval = f"[{100 * measured.interval.low:.1f}, {100 * measured.interval.high:.1f}] %"
+    return f"| {label} | {_percent(measured)} | {measured.numerator:g} / {measured.denominator} | {interval} |"
+
+
+def _data(manifest: Manifest) -> str:
+    rows = [f"| `{path}` | {file.rows} | `{file.sha256}` |" for path, file in manifest.data.items()]
+    ledger = ", ".join(f"{count} {bucket}" for bucket, count in manifest.ledger.items()) or "none"
+    return "\n".join(["## Data", "", "| file | rows | sha256 |", "|---|---|---|", *rows, "", f"Rows: {ledger}."])
+
+
+def _loading(is_adapter: bool) -> str:
+    module, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
+    code = [
+        f"from {module} import {loader}",
+        "from transformers import AutoTokenizer",
+        "",
+        f'model = {loader}.from_pretrained("path/to/this/directory")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
+    ]
+    return "\n".join(["## Loading", "", "```python", *code, "```"])
+
+
+def _made_with(manifest: Manifest) -> str:
+    versions = ", ".join(f"{package} {number}" for package, number in manifest.versions.items())
+    return "\n".join(
+        [
+            "## Made with",
+            "",
+            f"- {versions}; seed {manifest.seed}; {manifest.created}",
+            f"- recipe `{manifest.recipe_fingerprint}`, stage `{manifest.stage_fingerprint}`",
+            f"- weights sha256 `{manifest.weights_sha256}`",
+            f"- fingerprint `{manifest.fingerprint}`",
+        ]
+    )
+
+
+def _percent(measured: Measured) -> str:
+    return f"{100 * measured.value:.1f} %"
