@@ -1,0 +1,232 @@
+"""The one training loop. It receives an objective and never knows which method it runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from posttrain.errors import Interrupted, TrainingStopped
+from posttrain.losses.terms import Mean, add_metrics
+from posttrain.models.policy import Policy
+from posttrain.records import Tree
+from posttrain.registry.files import write_directory
+from posttrain.reporting import Reporter
+from posttrain.seeds import derive_seed
+from posttrain.settings import StageSettings
+from posttrain.train import checkpoint
+from posttrain.train.metrics import MetricsLog
+from posttrain.train.objective import Evaluation, Item, Objective, StepBatch
+from posttrain.train.optim import learning_rate, make_optimizer
+
+BEST = "best"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a stage keeps its files, and the seed all its random numbers are derived from."""
+
+    directory: Path
+    seed: int
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    steps: int
+    seconds: float  # of this process; a resumed run counts from its restart
+    metrics: dict[str, float]  # the last logged line, and the best evaluation
+
+
+def train(policy: Policy, objective: Objective[Item], s: StageSettings, place: Place, reporter: Reporter) -> Trained:
+    """Run `objective` to its last step, resuming from the newest checkpoint if there is one."""
+    place.checkpoints.mkdir(parents=True, exist_ok=True)
+    parameters = policy.trainable()
+    optimizer = make_optimizer(parameters, s)
+    done, best = _resume(place, objective, parameters, optimizer, reporter)
+    log = MetricsLog(place.metrics, resume_after=done)
+    started = time.monotonic()
+    with _interruptible(reporter) as interrupted, reporter.task(place.directory.name, objective.n_steps, done) as task:
+        for step in range(done, objective.n_steps):
+            values = _step(policy, objective, parameters, optimizer, step, s, place)
+            last = step + 1 == objective.n_steps
+            if last or (s.eval_steps and (step + 1) % s.eval_steps == 0):
+                best = _evaluate(objective, best, values, step + 1, place, parameters, s)
+            if last or "eval" in values or (step + 1) % s.logging_steps == 0:
+                values.pop("eval", None)
+                log.write(step + 1, values)
+            task.update(step + 1, _shown(values, objective.headline))
+            if last or interrupted or (step + 1) % s.save_steps == 0:
+                saved = checkpoint.Saved(step + 1, objective.state(), best)
+                checkpoint.save(place.checkpoints, saved, parameters, optimizer)
+            if interrupted and not last:
+                raise Interrupted(
+                    f"interrupted; {place.directory.name} is saved after step {step + 1} of {objective.n_steps}.",
+                    remedy="Run the same command again to go on.",
+                )
+    if s.load_best_model_at_end and best is not None:
+        checkpoint.load_weights(place.directory / BEST, parameters)
+        reporter.line(f"{place.directory.name}: kept step {best['step']}, the best on eval_datasets")
+    return Trained(objective.n_steps, time.monotonic() - started, _summary(log, best))
+
+
+def _resume(
+    place: Place, objective: Objective[Item], parameters: dict[str, nn.Parameter], optimizer: Any, reporter: Reporter
+) -> tuple[int, dict[str, Any] | None]:
+    found = checkpoint.latest(place.checkpoints)
+    if found is None:
+        return 0, None
+    saved = checkpoint.restore(found, parameters, optimizer)
+    objective.restore(saved.objective)
+    reporter.line(f"{place.directory.name}: going on after step {saved.step} of {objective.n_steps}")
+    return saved.step, saved.best
+
+
+def _step(
+    policy: Policy,
+    objective: Objective[Item],
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    s: StageSettings,
+    place: Place,
+) -> dict[str, Any]:
+    """One optimiser step; returns what metrics.jsonl says about it."""
+    began = time.monotonic()
+    torch.manual_seed(derive_seed(place.seed, "step", step))  # dropout
+    batch = objective.batch(step)
+    sampled = time.monotonic()
+    metrics: dict[str, Mean] = dict(batch.metrics)
+    values: dict[str, Any] = {}
+    if batch.items:
+        policy.model.train()
+        loss = _backward(objective, batch, s, metrics)
+        policy.model.eval()
+        norm = float(nn.utils.clip_grad_norm_(parameters.values(), s.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise _not_finite(batch, loss, norm, step, place)
+        rate = learning_rate(step, objective.n_steps, s)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        values = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+    seconds = time.monotonic() - began
+    n_tokens = sum(item.tree.n_tokens for item in batch.items)
+    values |= {name: mean.value for name, mean in metrics.items()}
+    values |= {
+        "tokens": n_tokens,
+        "tokens_per_second": round(n_tokens / seconds, 1),
+        "seconds": round(seconds, 4),
+        "seconds_sampling": round(sampled - began, 4),
+    }
+    return values
+
+
+def _backward(objective: Objective[Item], batch: StepBatch[Item], s: StageSettings, metrics: dict[str, Mean]) -> float:
+    """Accumulate gradients of (sum of losses) / count over micro-batches; returns the loss."""
+    total = 0.0
+    for micro in micro_batches(batch.items, s.micro_batch_tokens):
+        part = objective.loss(micro)
+        (part.total / batch.count).backward()
+        total += float(part.total.detach())
+        add_metrics(metrics, part.metrics)
+    return total / batch.count
+
+
+def micro_batches(items: Sequence[Item], token_budget: int) -> Iterator[list[Item]]:
+    """Longest first, as many as fit the budget; an item over the budget goes alone."""
+    micro: list[Item] = []
+    n_tokens = 0
+    for item in sorted(items, key=lambda i: i.tree.n_tokens, reverse=True):
+        if micro and n_tokens + item.tree.n_tokens > token_budget:
+            yield micro
+            micro, n_tokens = [], 0
+        micro.append(item)
+        n_tokens += item.tree.n_tokens
+    if micro:
+        yield micro
+
+
+def _evaluate(
+    objective: Objective[Item],
+    best: dict[str, Any] | None,
+    values: dict[str, Any],
+    step: int,
+    place: Place,
+    parameters: dict[str, nn.Parameter],
+    s: StageSettings,
+) -> dict[str, Any] | None:
+    """Add the evaluation's figures to `values`; keep the weights when they are the best so far."""
+    evaluation: Evaluation | None = objective.evaluate()
+    if evaluation is None:
+        return best
+    values |= evaluation.metrics | {"eval": True}
+    if best is not None and not evaluation.beats(best["value"]):
+        return best
+    if s.load_best_model_at_end:
+        write_directory(place.directory / BEST, lambda d: checkpoint.save_weights(d, parameters), replace=True)
+    return {"step": step, "value": evaluation.value}
+
+
+def _not_finite(batch: StepBatch[Item], loss: float, norm: float, step: int, place: Place) -> TrainingStopped:
+    """The step is refused: weights and optimiser are untouched, and the batch is kept for inspection."""
+    kept = place.directory / f"refused-step-{step + 1}.jsonl"
+    kept.write_text("".join(json.dumps(_tree_as_dict(item.tree)) + "\n" for item in batch.items))
+    return TrainingStopped(
+        f"loss {loss} and gradient norm {norm} at step {step + 1} of {place.directory.name}; the step was not taken.",
+        where=str(kept),
+        remedy="The batch is in that file. Lower learning_rate, or remove the rows that cause it.",
+    )
+
+
+def _tree_as_dict(tree: Tree) -> dict[str, Any]:
+    return {"id": tree.id, "trunk_ids": tree.trunk_ids, "branches": [b.token_ids for b in tree.branches]}
+
+
+def _shown(values: dict[str, Any], headline: str) -> dict[str, str]:
+    shown = {headline: f"{values[headline]:.3f}"} if headline in values else {}
+    return shown | {"tok/s": f"{values['tokens_per_second']:,.0f}"}
+
+
+def _summary(log: MetricsLog, best: dict[str, Any] | None) -> dict[str, float]:
+    last = {k: v for k, v in log.lines[-1].items() if isinstance(v, int | float)} if log.lines else {}
+    return last | ({"best_eval_step": best["step"], "best_eval_value": best["value"]} if best else {})
+
+
+@contextmanager
+def _interruptible(reporter: Reporter) -> Iterator[list[bool]]:
+    """Ctrl-C finishes the step and saves; a second one stops at once. Off the main thread signals stay as they are."""
+    asked: list[bool] = []
+
+    def ask(signum: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        reporter.line("finishing this step, then saving (Ctrl-C again to stop at once)")
+
+    try:
+        before = signal.signal(signal.SIGINT, ask)
+    except ValueError:
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,38 @@
+"""metrics.jsonl: one line per logged step, durable enough to plot from and to resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends lines; on resume it first forgets the steps after the checkpoint, so that no step stands twice."""
+
+    def __init__(self, path: Path, *, resume_after: int) -> None:
+        self.path = path
+        self.lines = [line for line in read_metrics(path) if line["step"] <= resume_after]
+        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        line = {"step": step, **{k: round(v, 8) if isinstance(v, float) else v for k, v in values.items()}}
+        self.lines.append(line)
+        with self.path.open("a") as f:
+            f.write(json.dumps(line) + "\n")
+
+    def last(self, name: str) -> float | None:
+        return next((line[name] for line in reversed(self.lines) if name in line), None)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines. A line half written when the power went is not one."""
+    if not path.exists():
+        return []
+    out = []
+    for line in path.read_text().splitlines():
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return out
