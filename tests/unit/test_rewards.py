@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,28 @@ def test_huge_numbers_cost_nothing_and_lose_no_digit() -> None:
     nines = "9" * 5000
     assert maths.quick(f"Answer: {nines}", gold=nines) == 1.0
     assert maths.quick(f"Answer: {nines[:-1]}8", gold=nines) == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed{" * 20_000 + "5" + "}" * 20_000,
+        "\\boxed{" * 20_000,
+        "Answer: 5 " * 20_000,
+        "answer " * 40_000,
+        "5" + " " * 200_000 + "x1",
+        "5" + " \n" * 4_000 + "x1",
+        "#" * 200_000,
+        "#### 5\n" * 20_000,
+        "9," * 100_000,
+        "*" * 200_000 + "5",
+    ],
+)
+def test_hostile_texts_do_not_hold_up_the_process_that_trains(text: str) -> None:
+    started = time.perf_counter()
+    maths.quick(text, gold="5")
+    maths.quick(text, gold="\\frac{1}{2}")
+    assert time.perf_counter() - started < 1.0
 
 
 def test_the_order_in_which_answers_are_looked_for() -> None:

@@ -120,7 +120,10 @@ def grade(suite: Suite, completions: Sequence[Completion], rewards: mix.RewardMi
 def _read_tasks(datasets: Sequence[DatasetSettings], resolve: Resolve) -> Sequence[Task]:
     from posttrain.data.formats import read_tasks
 
-    rows: Sequence[Task] = read_tasks(datasets, resolve, require_answer=False).rows  # the rewards say what they need
+    loaded = read_tasks(datasets, resolve, require_answer=False)  # the rewards say themselves what they need
+    for row in loaded.dropped:
+        raise DataError(f"a suite loses no row, and this one cannot be used: {row.reason}", where=row.id)
+    rows: Sequence[Task] = loaded.rows
     return rows
 
 

@@ -105,9 +105,9 @@ def final_answers(text: str) -> list[str] | None:
 
 
 def _boxed(text: str) -> list[str] | None:
-    """Contents of every \\boxed{...}; None if one never closes."""
-    found = []
-    for match in _BOXED.finditer(text):
+    """Contents of every outermost \\boxed{...}; None if one never closes."""
+    found, end = [], 0
+    while (match := _BOXED.search(text, end)) is not None:
         depth, start = 1, match.end()
         end = start
         while depth and end < len(text):

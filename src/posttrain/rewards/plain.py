@@ -66,8 +66,8 @@ def equal(a: Plain, b: Plain) -> bool | None:
 
 
 def _tidy(text: str) -> str:
-    text = text.strip().strip("*_`").strip()
+    text = " ".join(text.split()).strip("*_` ")
     text = text.replace("\\$", "$").replace("\\%", "%").replace("−", "-")
     if len(text) > 2 and text[0] == text[-1] == "$":
         text = text[1:-1]  # an inline formula, not a currency
-    return text.rstrip(".,;:!").strip().strip("*_`").strip()
+    return text.rstrip(".,;:! ").strip("*_` ")

@@ -80,7 +80,8 @@ def _silence(*descriptors: int) -> None:
 
 
 def _limit_memory(memory_mb: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+    if sys.platform != "darwin":  # macOS knows the limit, refuses to set it and would not enforce it
+        resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
