@@ -1,0 +1,132 @@
+"""The verdict: did the child gain enough on its parent, on the same items, to be promoted? Pure; no model, no file.
+
+The denominator is the number of items of the suite, on both sides and always. A check that failed for the child
+counts 0 for the child; one that failed for the parent counts 0 for both. So a failure never makes a gain, and where
+more than `MAX_FAILED` of a side's checks failed the gate refuses to judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from posttrain.errors import PosttrainError
+from posttrain.gate import stats
+from posttrain.gate.suites import ItemResult, Suite
+from posttrain.records import GateReport, Interval, Measured, Outcome
+from posttrain.settings import GateSettings
+
+MAX_FAILED = 0.05
+SEED = 20_240_229  # of the bootstrap: the same results always give the same verdict
+_FAILED = (Outcome.CHECKER_FAILED, Outcome.TIMED_OUT)
+
+
+def judge(
+    suite: Suite,
+    before: Sequence[ItemResult],
+    after: Sequence[ItemResult],
+    settings: GateSettings,
+    seconds: float,
+    parent_version: str,
+    child_version: str,
+) -> GateReport:
+    """Passes if the lower bound of the gain's 95 % interval lies above min_gain and the child reaches min_score."""
+    sides = {"parent": before, "child": after}
+    for side, results in sides.items():
+        _check_side(suite, side, results)
+    b, a = _values(suite, before, after)
+    measured_before, measured_after, gain = _measure(suite, b, a)
+    reasons, passed = _verdict(suite, sides, gain, measured_after, settings)
+    return GateReport(
+        suite=suite.name,
+        kind=suite.kind,
+        before=measured_before,
+        after=measured_after,
+        gain=gain.gain,
+        gain_interval=gain.interval,
+        method=gain.method,
+        min_gain=settings.min_gain,
+        passed=passed,
+        reasons=tuple(reasons),
+        seconds=seconds,
+        parent_version=parent_version,
+        child_version=child_version,
+        counts={
+            f"{side}_{outcome.value}": sum(r.outcome is outcome for r in results)
+            for side, results in sides.items()
+            for outcome in Outcome
+        },
+    )
+
+
+def _check_side(suite: Suite, side: str, results: Sequence[ItemResult]) -> None:
+    """Every item once, in order, all answered by the same weights, every value what its outcome says it is."""
+    if [r.item_id for r in results] != [item.id for item in suite.items]:
+        raise PosttrainError(
+            f"the {side} has {len(results)} results that are not the {len(suite.items)} items of the suite in order.",
+            where=suite.name,
+        )
+    versions = sorted({r.weight_version for r in results})
+    if len(versions) != 1:
+        raise PosttrainError(f"the {side} was evaluated under several weight versions: {versions}.", where=suite.name)
+    for r in results:
+        if (r.value is None) != (r.outcome in _FAILED) or not 0.0 <= (r.value or 0.0) <= 1.0:
+            raise PosttrainError(f"the {side} has value {r.value} with outcome {r.outcome.value}.", where=r.item_id)
+
+
+def _values(suite: Suite, before: Sequence[ItemResult], after: Sequence[ItemResult]) -> tuple[list[float], list[float]]:
+    def value(result: ItemResult) -> float:
+        unfinished = suite.must_finish and result.outcome is Outcome.CUT
+        return 0.0 if result.value is None or unfinished else result.value
+
+    b = [value(r) for r in before]
+    a = [0.0 if parent.outcome in _FAILED else value(r) for parent, r in zip(before, after, strict=True)]
+    return b, a
+
+
+def _measure(suite: Suite, b: Sequence[float], a: Sequence[float]) -> tuple[Measured, Measured, stats.Paired]:
+    if suite.kind == "win_rate":
+        outcomes = [0.5 if x == y else float(y > x) for x, y in zip(b, a, strict=True)]
+        won, n = sum(outcomes), len(outcomes)
+        share = stats.wilson(won, n)
+        beaten = Measured(n - won, n, Interval(1 - share.high, 1 - share.low))
+        return beaten, Measured(won, n, share), stats.win_rate(outcomes)
+    if {*b, *a} <= {0.0, 1.0}:
+        gain = stats.paired_binary([x == 1.0 for x in b], [y == 1.0 for y in a])
+        before, after = (Measured(sum(x), len(x), stats.wilson(sum(x), len(x))) for x in (b, a))
+    else:
+        gain = stats.paired_mean(b, a, SEED)
+        before, after = (Measured(sum(x), len(x), stats.bootstrap_mean(x, SEED)) for x in (b, a))
+    return before, after, gain
+
+
+def _verdict(
+    suite: Suite,
+    sides: Mapping[str, Sequence[ItemResult]],
+    gain: stats.Paired,
+    after: Measured,
+    settings: GateSettings,
+) -> tuple[list[str], bool]:
+    """Plain sentences, each with its numbers; the first that speaks against the child decides."""
+    against: list[str] = []
+    n = len(suite.items)
+    for side, results in sides.items():
+        failed = sum(r.outcome in _FAILED for r in results)
+        if failed > MAX_FAILED * n:
+            against.append(
+                f"Of the {side}'s {n} checks {failed} failed or ran out of time, "
+                f"more than the {MAX_FAILED:.0%} that still allow a verdict."
+            )
+    low, high = 100 * gain.interval.low, 100 * gain.interval.high
+    shown = f"the gain of {100 * gain.gain:+.1f} points [{low:.1f}, {high:.1f}]"
+    wanted = f"the required {100 * settings.min_gain:.1f}"
+    enough = gain.interval.low > settings.min_gain
+    if not enough:
+        against.append(f"The lower bound of {shown} does not lie above {wanted}.")
+    if settings.min_score is not None and after.value < settings.min_score:
+        against.append(f"The score {100 * after.value:.1f} % is below the required {100 * settings.min_score:.1f} %.")
+    if against:
+        return against, False
+    passed = [f"The lower bound of {shown} lies above {wanted}."]
+    if settings.min_score is not None:
+        passed.append(f"The score {100 * after.value:.1f} % reaches the required {100 * settings.min_score:.1f} %.")
+    return passed, True

@@ -1,0 +1,109 @@
+"""A gate report as JSON, as a line, as a row of the final table and as the section of a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from posttrain.records import GateReport, Interval, Measured
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLUMNS = ("suite", "before", "after", "gain (points)", "verdict")
+
+
+def as_dict(report: GateReport) -> dict[str, Any]:
+    """Plain values; `from_dict` gives the same report back."""
+    fields = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
+    for name, value in fields.items():
+        if isinstance(value, Measured | Interval):
+            fields[name] = dataclasses.asdict(value)
+    return fields | {"reasons": list(report.reasons), "counts": dict(report.counts)}
+
+
+def from_dict(fields: Mapping[str, Any]) -> GateReport:
+    return GateReport(
+        **{
+            **fields,
+            "before": _measured(fields["before"]),
+            "after": _measured(fields["after"]),
+            "gain_interval": Interval(**fields["gain_interval"]),
+            "reasons": tuple(fields["reasons"]),
+        }
+    )
+
+
+def to_json(report: GateReport) -> str:
+    return json.dumps(as_dict(report), ensure_ascii=False, allow_nan=False)
+
+
+def from_json(text: str) -> GateReport:
+    return from_dict(json.loads(text))
+
+
+def line(report: GateReport) -> str:
+    """arith: 3/200 (1.5 %, 0.5–4.3) → 192/200 (96.0 %, 92.3–98.0); gain +94.5 points [90.2, 97.1]; passed"""
+    before, after = share(report.before), share(report.after)
+    if report.kind == "win_rate":
+        sides = f"the child wins {after}, the parent {before}; over even {gain(report)}"
+    else:
+        sides = f"{before} → {after}; gain {gain(report)}"
+    return f"{report.suite}: {sides}; {verdict(report)}"
+
+
+def share(m: Measured) -> str:
+    numerator = f"{m.numerator:.0f}" if m.numerator == int(m.numerator) else f"{m.numerator:.1f}"
+    return f"{numerator}/{m.denominator} ({100 * m.value:.1f} %, {_range(m.interval)})"
+
+
+def gain(report: GateReport) -> str:
+    i = report.gain_interval
+    return f"{100 * report.gain:+.1f} points [{100 * i.low:.1f}, {100 * i.high:.1f}]"
+
+
+def verdict(report: GateReport) -> str:
+    return "passed" if report.passed else "refused"
+
+
+def row(report: GateReport) -> tuple[str, ...]:
+    """The report under COLUMNS."""
+    i = report.gain_interval
+    points = f"{100 * report.gain:+.1f} [{100 * i.low:.1f}, {100 * i.high:.1f}]"
+    return (report.suite, share(report.before), share(report.after), points, verdict(report))
+
+
+def table(reports: Sequence[GateReport]) -> Table:
+    """All gates of a run, before → after with 95 % intervals."""
+    from rich.table import Table
+
+    found = Table(*COLUMNS, title="Gates: parent → child on the same held-out items, 95 % intervals", title_style="")
+    for report in reports:
+        found.add_row(*row(report), style="" if report.passed else "red")
+    return found
+
+
+def markdown(reports: Sequence[GateReport]) -> str:
+    """A table for model cards, with what spoke for or against each child below it."""
+    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(row(r) for r in reports)]
+    cells = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows]
+    notes = [
+        f"- **{r.suite}**, {r.parent_version} → {r.child_version}: {' '.join(r.reasons)} {_method(r)}" for r in reports
+    ]
+    return "\n".join([*cells, "", *notes, ""])
+
+
+def _method(report: GateReport) -> str:
+    troubled = {name: n for name, n in report.counts.items() if n and not name.endswith("_scored")}
+    counted = "".join(f", {n} {name.replace('_', ' ')}" for name, n in troubled.items())
+    return f"({report.before.denominator} items{counted}; {report.method}.)"
+
+
+def _range(interval: Interval) -> str:
+    return f"{100 * interval.low:.1f}–{100 * interval.high:.1f}"
+
+
+def _measured(fields: Mapping[str, Any]) -> Measured:
+    return Measured(fields["numerator"], fields["denominator"], Interval(**fields["interval"]))

@@ -1,0 +1,173 @@
+"""A suite: held-out items, how to sample answers and how to score them. One YAML file, every key known.
+
+name: arith-heldout
+kind: accuracy                          # or win_rate: each of the child's scores against the parent's
+items: builtin:data/arith-test.jsonl    # or a path relative to this file
+columns: {prompt: question, answer: answer}
+limit: 200
+score: [math]                           # rewards, as in a recipe
+must_finish: true                       # an answer cut by the length cap counts 0
+sampling: {temperature: 0.0, max_new_tokens: 96}
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from posttrain.errors import DataError, PosttrainError
+from posttrain.records import Completion, Outcome, Sampling, Status, Task
+from posttrain.rewards import mix
+from posttrain.settings import DatasetSettings, Positive, Section, Share
+
+Kind = Literal["accuracy", "win_rate"]
+Resolve = Callable[[str], Path]
+ReadTasks = Callable[[Sequence[DatasetSettings], Resolve], Sequence[Task]]
+
+
+class SuiteSampling(Section):
+    """Greedy unless the suite says otherwise."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    max_new_tokens: Positive = 256
+    top_p: Annotated[Share, Field(gt=0)] = 1.0
+    top_k: int = Field(default=0, ge=0)
+
+
+class SuiteSettings(Section):
+    """Every key a suite file may hold."""
+
+    name: str = Field(min_length=1)
+    kind: Kind = "accuracy"
+    items: str
+    columns: dict[str, str] = Field(default={})
+    limit: Positive | None = None
+    score: list[str | dict[str, Any]] = Field(min_length=1)
+    must_finish: bool = True
+    sampling: SuiteSampling = SuiteSampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """`fingerprint` is of the meaning: items, scoring and sampling, not names of files."""
+
+    name: str
+    kind: Kind
+    items: tuple[Task, ...]
+    score: tuple[str | Mapping[str, Any], ...]
+    must_finish: bool
+    sampling: Sampling
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class ItemResult:
+    """What one model said to one item and what the checker made of it. `value` is None where the checker failed."""
+
+    item_id: str
+    value: float | None
+    outcome: Outcome
+    text: str
+    weight_version: int
+
+
+def load_suite(path: Path, resolve: Resolve, read_tasks: ReadTasks | None = None) -> Suite:
+    """Read and check a suite file. `resolve` finds the file behind a path or a `builtin:` name."""
+    settings = _read_settings(path)
+    local = settings.items if settings.items.startswith("builtin:") else str(path.resolve().parent / settings.items)
+    source = DatasetSettings(path=local, format="task", columns=settings.columns, limit=settings.limit)
+    items = tuple((read_tasks or _read_tasks)([source], resolve))
+    if not items:
+        raise DataError("the suite has no items.", where=str(path), remedy=f"{settings.items} holds no row.")
+    try:
+        with mix.build(settings.score) as rewards:
+            for part in rewards.parts:
+                for item in items:
+                    part.reward.arguments(item, **part.options)
+    except PosttrainError as e:
+        raise DataError(f"{e.where}: {e.what}", where=str(path), remedy=e.remedy) from e
+    return Suite(
+        name=settings.name,
+        kind=settings.kind,
+        items=items,
+        score=tuple(settings.score),
+        must_finish=settings.must_finish,
+        sampling=Sampling(**settings.sampling.model_dump()),
+        fingerprint=_fingerprint(settings, items),
+    )
+
+
+def grade(suite: Suite, completions: Sequence[Completion], rewards: mix.RewardMix) -> list[ItemResult]:
+    """One result per item from one completion per item, in the suite's order."""
+    scores = rewards.score(completions, suite.items, score_cut=not suite.must_finish)
+    results = []
+    for item, completion, scored in zip(suite.items, completions, scores, strict=True):
+        if completion.request_id != item.id:
+            raise PosttrainError(f"an answer to {completion.request_id} was given for this item.", where=item.id)
+        was_cut = completion.status is Status.CUT and scored.total.value is not None
+        outcome = Outcome.CUT if was_cut else scored.total.outcome
+        results.append(ItemResult(item.id, scored.total.value, outcome, completion.text, completion.weight_version))
+    return results
+
+
+def _read_tasks(datasets: Sequence[DatasetSettings], resolve: Resolve) -> Sequence[Task]:
+    from posttrain.data.formats import read_tasks
+
+    loaded = read_tasks(datasets, resolve, require_answer=False)  # the rewards say themselves what they need
+    for row in loaded.dropped:
+        raise DataError(f"a suite loses no row, and this one cannot be used: {row.reason}", where=row.id)
+    rows: Sequence[Task] = loaded.rows
+    return rows
+
+
+def _read_settings(path: Path) -> SuiteSettings:
+    import yaml
+
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise DataError(f"the suite cannot be read: {e.strerror}.", where=str(path)) from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise DataError(f"the suite is not YAML: {e}", where=str(path)) from e
+    if not isinstance(raw, dict) or not isinstance(node, yaml.MappingNode):
+        raise DataError("a suite is a YAML mapping of keys to values.", where=str(path))
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise DataError(f"the key {key.value!r} stands on line {lines[key.value]} too.", where=f"{path}:{line}")
+        lines[key.value] = line
+    try:
+        return SuiteSettings.model_validate(raw)
+    except ValidationError as e:
+        raise _complaint(path, lines, e) from e
+
+
+def _complaint(path: Path, lines: Mapping[str, int], error: ValidationError) -> DataError:
+    """The first fault in words, at its line."""
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    where = f"{path}:{lines[str(fault['loc'][0])]}" if fault["loc"][0] in lines else str(path)
+    if fault["type"] == "extra_forbidden":
+        known = SuiteSampling.model_fields if len(fault["loc"]) > 1 else SuiteSettings.model_fields
+        close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+        remedy = f"{f'Did you mean {close[0]!r}? ' if close else ''}Known keys: {', '.join(known)}."
+        return DataError(f"a suite has no key {key!r}.", where=where, remedy=remedy)
+    if fault["type"] == "missing":
+        return DataError(f"the suite lacks the key {key!r}.", where=where)
+    return DataError(f"{key} = {fault['input']!r}: {fault['msg']}.", where=where)
+
+
+def _fingerprint(settings: SuiteSettings, items: Sequence[Task]) -> str:
+    meaning = settings.model_dump(include={"kind", "score", "must_finish", "sampling"})
+    rows = [[[m.as_dict() for m in item.prompt], item.answer, dict(item.extra)] for item in items]
+    text = json.dumps([meaning, rows], sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
