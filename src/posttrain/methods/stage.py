@@ -1,0 +1,97 @@
+"""What every training method is handed, and the steps they share on the way from files to trees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.formats import Loaded, Source
+from posttrain.data.hygiene import overlaps, refuse_overlap
+from posttrain.data.ledger import Bucket, Ledger, fit
+from posttrain.data.render import Renderer
+from posttrain.errors import ModelError
+from posttrain.models.policy import Policy
+from posttrain.records import Example, Message, Pair, Task, Tree
+from posttrain.reporting import Reporter
+from posttrain.settings import StageSettings
+from posttrain.train.loop import Place, Trained
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage about to run: the model it starts from, and where it lives."""
+
+    policy: Policy
+    renderer: Renderer
+    resolve: Callable[[str], Path]
+    place: Place
+    reporter: Reporter
+    held_out: Sequence[tuple[str, str]]  # (id, prompt text) of the gate's items: never to be trained on
+
+    @property
+    def name(self) -> str:
+        return self.place.directory.name
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """What a method hands back; the trained weights are in the stage's policy."""
+
+    trained: Trained
+    sources: tuple[Source, ...]
+    ledger: dict[str, int]  # training rows per bucket
+
+
+def account(stage: Stage, loaded: Loaded[Any], s: StageSettings) -> tuple[Ledger, list[Any]]:
+    """Open the ledger, take out rows that hold evaluation items, and return the rows that remain."""
+    for source in loaded.sources:
+        stage.reporter.line(f"{stage.name}: {source}")
+    ledger = Ledger.of(loaded)
+    texts = [(row.id, _asked(row)) for row in loaded.rows]
+    if s.on_contamination == "error":
+        refuse_overlap(texts, stage.held_out)
+        return ledger, list(loaded.rows)
+    hits = {hit.train_id: hit for hit in overlaps(texts, stage.held_out)}
+    for hit in hits.values():
+        ledger.put(hit.train_id, Bucket.CONTAMINATED, str(hit))
+    return ledger, [row for row in loaded.rows if row.id not in hits]
+
+
+def fit_rows(stage: Stage, trees: Sequence[Tree], ledger: Ledger, s: StageSettings) -> list[Tree]:
+    """Apply max_length, close the ledger and write rows.jsonl."""
+    refuse_beyond_positions(stage.policy, s.max_length)
+    kept = fit(trees, s.max_length, s.on_overflow, s.max_drop_rate, ledger)
+    stage.reporter.line(f"{stage.name}: {ledger.summary()}")
+    ledger.write(stage.place.directory / "rows.jsonl")
+    return kept
+
+
+def fit_evaluation(trees: Sequence[Tree], loaded: Loaded[Any], s: StageSettings) -> list[Tree]:
+    """Evaluation rows obey the same length rule and have a ledger of their own."""
+    return fit(trees, s.max_length, s.on_overflow, s.max_drop_rate, Ledger.of(loaded), bucket=Bucket.EVALUATED)
+
+
+def counts(ledger: Ledger) -> dict[str, int]:
+    return {str(bucket): ledger.count(bucket) for bucket in Bucket if ledger.count(bucket)}
+
+
+def refuse_beyond_positions(policy: Policy, n_tokens: int) -> None:
+    limit = getattr(policy.model.config, "max_position_embeddings", None)
+    if limit is not None and n_tokens > limit:
+        raise ModelError(
+            f"max_length {n_tokens} is more than the {limit} positions this model knows.",
+            remedy=f"Set max_length to at most {limit}.",
+        )
+
+
+def prompt_text(messages: Iterable[Message]) -> str:
+    """What the user says in a conversation: the part that identifies an item."""
+    return "\n".join(m.content for m in messages if m.role == "user")
+
+
+def _asked(row: Example | Pair | Task) -> str:
+    if isinstance(row, Example):
+        return row.text if row.text is not None else prompt_text(row.messages)
+    return prompt_text(row.prompt)
