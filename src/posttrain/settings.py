@@ -1,4 +1,4 @@
-"""Every key a recipe may hold, with its default and meaning. Torch-free, so `check`, `explain` and `schema` are instant.
+"""Every key a recipe may hold, with its default and meaning. Torch-free: `check`, `explain` and `schema` are instant.
 
 A key that is not here is refused. A key that is here is read by the code: `tests/unit/test_keys.py` proves it.
 Names follow the Hugging Face trainers where they have one.
@@ -6,9 +6,10 @@ Names follow the Hugging Face trainers where they have one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -24,7 +25,9 @@ class DatasetSettings(Section):
 
     path: str = Field(description="a .jsonl or .jsonl.gz file, relative to the recipe; or builtin:NAME")
     format: Literal["auto", "messages", "prompt_completion", "text", "preference", "task"] = "auto"
-    columns: dict[str, str] = Field(default={}, description="our name: the file's column, e.g. {prompt: question, completion: answer}")
+    columns: dict[str, str] = Field(
+        default={}, description="our name: the file's column, e.g. {prompt: question, completion: answer}"
+    )
     limit: Positive | None = Field(default=None, description="take the first N rows")
 
 
@@ -32,7 +35,7 @@ class LoraSettings(Section):
     """Low-rank adapters (Hu et al. 2021) through peft."""
 
     r: Positive = 32
-    alpha: int | None = Field(default=None, description="default 2r")
+    alpha: Positive = Field(default_factory=lambda known: 2 * known.get("r", 32), description="default 2r")
     dropout: Share = 0.05
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
 
@@ -50,9 +53,16 @@ class GateSettings(Section):
     """Judgement after a stage: parent and child answer the same held-out items."""
 
     suite: str = Field(description="a suite file (.yaml), relative to the recipe; or builtin:suites/NAME")
-    min_gain: float = Field(default=0.0, description="the lower bound of the 95 % interval of the gain must lie above this")
+    min_gain: float = Field(
+        default=0.0, description="the lower bound of the 95 % interval of the gain must lie above this"
+    )
     min_score: Share | None = Field(default=None, description="and the child's score must reach this")
     on_fail: Literal["stop", "keep_parent"] | RetryPolicy = "stop"
+
+
+def _full_or_adapter(full: float, adapter: float) -> Callable[[dict[str, Any]], float]:
+    """Adapters learn at about ten times the rate of full fine-tuning, so the default follows the `adapter` key."""
+    return lambda known: full if known.get("adapter", "none") == "none" else adapter
 
 
 class StageSettings(Section):
@@ -69,11 +79,14 @@ class StageSettings(Section):
     on_overflow: Literal["error", "drop", "truncate"] = "error"
     max_drop_rate: Share = Field(default=0.05, description="more dropped rows than this share stop the stage")
 
-    learning_rate: float = Field(default=2e-5, gt=0)
+    learning_rate: float = Field(default_factory=_full_or_adapter(2e-5, 1e-4), gt=0, description="2e-5; adapters 1e-4")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: Share = Field(default=0.0, description="cosine and linear end at this share of learning_rate")
-    warmup_ratio: Share | None = Field(default=None, description="share of the steps that warm up; default 0.03 unless warmup_steps is set")
     warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_ratio: Share | None = Field(
+        default_factory=lambda known: 0.03 if known.get("warmup_steps") is None else None,
+        description="share of the steps that warm up; default 0.03 unless warmup_steps is set",
+    )
     weight_decay: float = Field(default=0.01, ge=0)
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.999
@@ -82,17 +95,28 @@ class StageSettings(Section):
 
     num_train_epochs: float = Field(default=1.0, gt=0)
     max_steps: Positive | None = Field(default=None, description="overrides num_train_epochs")
-    per_device_train_batch_size: Positive = Field(default=16, description="rows (SFT), pairs (DPO) or prompts (GRPO) per optimiser step")
+    per_device_train_batch_size: Positive = Field(
+        default=16, description="rows (SFT), pairs (DPO) or prompts (GRPO) per optimiser step"
+    )
     micro_batch_tokens: Positive = Field(default=8192, description="token budget of one forward and backward pass")
 
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
+    )
     gradient_checkpointing: bool = False
-    forest: Literal["auto", "on", "off"] = Field(default="auto", description="prompts computed once per group; auto falls back, aloud, where an architecture cannot")
+    forest: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="prompts computed once per group; auto falls back, aloud, where an architecture cannot",
+    )
 
     logging_steps: Positive = 1
-    eval_steps: Positive | None = Field(default=None, description="default: once, at the end, when eval_datasets is set")
+    eval_steps: Positive | None = Field(
+        default=None, description="default: once, at the end, when eval_datasets is set"
+    )
     save_steps: Positive = Field(default=50, description="a checkpoint every N steps")
-    load_best_model_at_end: bool = Field(default=False, description="end with the checkpoint that did best on eval_datasets")
+    load_best_model_at_end: bool = Field(
+        default=False, description="end with the checkpoint that did best on eval_datasets"
+    )
 
 
 class SFTSettings(StageSettings):
@@ -107,7 +131,7 @@ class DPOSettings(StageSettings):
 
     beta: float = Field(default=0.1, gt=0)
     loss_type: Literal["sigmoid"] = "sigmoid"
-    learning_rate: float = Field(default=5e-7, gt=0)
+    learning_rate: float = Field(default_factory=_full_or_adapter(5e-7, 5e-6), gt=0, description="5e-7; adapters 5e-6")
     allow_without_sft: bool = Field(default=False, description="run on a model that never had SFT")
 
 
@@ -118,7 +142,7 @@ class FormatReward(Section):
 class GRPOSettings(StageSettings):
     """Group relative policy optimisation (Shao et al. 2024, eq. 3)."""
 
-    learning_rate: float = Field(default=1e-6, gt=0)
+    learning_rate: float = Field(default_factory=_full_or_adapter(1e-6, 1e-5), gt=0, description="1e-6; adapters 1e-5")
     rewards: list[str | dict[str, Any]] = Field(min_length=1, description="names or {name: {options, weight}}")
     num_generations: int = Field(default=8, description="answers per prompt; at least 2")
     num_iterations: Positive = Field(default=1, description="optimiser steps on each batch of rollouts")
@@ -126,9 +150,27 @@ class GRPOSettings(StageSettings):
     beta: float = Field(default=0.0, ge=0, description="weight of the k3 KL to the stage's parent")
     temperature: float = Field(default=1.0, gt=0)
     max_completion_length: Positive = 256
-    mask_truncated_completions: bool = Field(default=False, description="leave cut answers out of the loss instead of scoring them 0")
-    max_checker_failure_rate: Share = Field(default=0.1, description="more failed or timed-out checks than this in a step stop the run")
+    mask_truncated_completions: bool = Field(
+        default=False, description="leave cut answers out of the loss instead of scoring them 0"
+    )
+    max_checker_failure_rate: Share = Field(
+        default=0.1, description="more failed or timed-out checks than this in a step stop the run"
+    )
     allow_without_sft: bool = Field(default=False, description="run on a model that never had SFT")
 
 
 METHODS: dict[str, type[StageSettings]] = {"sft": SFTSettings, "dpo": DPOSettings, "grpo": GRPOSettings}
+
+
+class RecipeSettings(Section):
+    """The top of a recipe: one model's history. `stages` stands beside these keys, as a list of {method: settings}."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="what this history is called")
+    model: str = Field(min_length=1, description="the base: a folder, a Hub id, or builtin:NAME")
+    seed: int = Field(default=0, ge=0)
+    chat_template: str | None = Field(
+        default=None, description="a .jinja file, relative to the recipe; default: the tokenizer's own"
+    )
+    register_as: str | None = Field(
+        default=None, alias="register", min_length=1, description="the registry name; default: `name`"
+    )
