@@ -39,7 +39,12 @@ class Reporter:
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         with Progress(*columns, console=self._console, transient=True) as bar:
             bar_id = bar.add_task(label, total=total, completed=done, note="")
             yield Task(label, total, done, None, lambda n, note: bar.update(bar_id, completed=n, note=note))

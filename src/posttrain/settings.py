@@ -1,4 +1,4 @@
-"""Every key a recipe may hold, with its default and meaning. Torch-free, so `check`, `explain` and `schema` are instant.
+"""Every key a recipe may hold, with its default and meaning. Torch-free: `check`, `explain` and `schema` are instant.
 
 A key that is not here is refused. A key that is here is read by the code: `tests/unit/test_keys.py` proves it.
 Names follow the Hugging Face trainers where they have one.
@@ -6,6 +6,7 @@ Names follow the Hugging Face trainers where they have one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,7 +35,7 @@ class LoraSettings(Section):
     """Low-rank adapters (Hu et al. 2021) through peft."""
 
     r: Positive = 32
-    alpha: int | None = Field(default=None, description="default 2r")
+    alpha: Positive = Field(default_factory=lambda known: 2 * known.get("r", 32), description="default 2r")
     dropout: Share = 0.05
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
 
@@ -59,6 +60,11 @@ class GateSettings(Section):
     on_fail: Literal["stop", "keep_parent"] | RetryPolicy = "stop"
 
 
+def _full_or_adapter(full: float, adapter: float) -> Callable[[dict[str, Any]], float]:
+    """Adapters learn at about ten times the rate of full fine-tuning, so the default follows the `adapter` key."""
+    return lambda known: full if known.get("adapter", "none") == "none" else adapter
+
+
 class StageSettings(Section):
     """What every training stage understands."""
 
@@ -73,13 +79,18 @@ class StageSettings(Section):
     on_overflow: Literal["error", "drop", "truncate"] = "error"
     max_drop_rate: Share = Field(default=0.05, description="more dropped rows than this share stop the stage")
 
-    learning_rate: float = Field(default=2e-5, gt=0)
+    on_contamination: Literal["error", "drop"] = Field(
+        default="error", description="training rows that share 13 words in a row with an item of the gate's suite"
+    )
+
+    learning_rate: float = Field(default_factory=_full_or_adapter(2e-5, 1e-4), gt=0, description="2e-5; adapters 1e-4")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: Share = Field(default=0.0, description="cosine and linear end at this share of learning_rate")
-    warmup_ratio: Share | None = Field(
-        default=None, description="share of the steps that warm up; default 0.03 unless warmup_steps is set"
-    )
     warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_ratio: Share | None = Field(
+        default_factory=lambda known: 0.03 if known.get("warmup_steps") is None else None,
+        description="share of the steps that warm up; default 0.03 unless warmup_steps is set",
+    )
     weight_decay: float = Field(default=0.01, ge=0)
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.999
@@ -124,18 +135,14 @@ class DPOSettings(StageSettings):
 
     beta: float = Field(default=0.1, gt=0)
     loss_type: Literal["sigmoid"] = "sigmoid"
-    learning_rate: float = Field(default=5e-7, gt=0)
+    learning_rate: float = Field(default_factory=_full_or_adapter(5e-7, 5e-6), gt=0, description="5e-7; adapters 5e-6")
     allow_without_sft: bool = Field(default=False, description="run on a model that never had SFT")
-
-
-class FormatReward(Section):
-    format: dict[str, Any]
 
 
 class GRPOSettings(StageSettings):
     """Group relative policy optimisation (Shao et al. 2024, eq. 3)."""
 
-    learning_rate: float = Field(default=1e-6, gt=0)
+    learning_rate: float = Field(default_factory=_full_or_adapter(1e-6, 1e-5), gt=0, description="1e-6; adapters 1e-5")
     rewards: list[str | dict[str, Any]] = Field(min_length=1, description="names or {name: {options, weight}}")
     num_generations: int = Field(default=8, description="answers per prompt; at least 2")
     num_iterations: Positive = Field(default=1, description="optimiser steps on each batch of rollouts")
@@ -153,3 +160,17 @@ class GRPOSettings(StageSettings):
 
 
 METHODS: dict[str, type[StageSettings]] = {"sft": SFTSettings, "dpo": DPOSettings, "grpo": GRPOSettings}
+
+
+class RecipeSettings(Section):
+    """The top of a recipe: one model's history. `stages` stands beside these keys, as a list of {method: settings}."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="what this history is called")
+    model: str = Field(min_length=1, description="the base: a folder, a Hub id, or builtin:NAME")
+    seed: int = Field(default=0, ge=0)
+    chat_template: str | None = Field(
+        default=None, description="a .jinja file, relative to the recipe; default: the tokenizer's own"
+    )
+    register_as: str | None = Field(
+        default=None, alias="register", min_length=1, description="the registry name; default: `name`"
+    )

@@ -14,7 +14,9 @@ class Engine(Protocol):
     @property
     def weight_version(self) -> int: ...
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None) -> list[list[Completion]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
+    ) -> list[list[Completion]]:
         """One list per request, one completion per seed, in order."""
         ...
 

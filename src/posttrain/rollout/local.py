@@ -77,16 +77,18 @@ class LocalEngine:
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
     ) -> list[list[Completion]]:
-        groups = [
-            [Answer(i, j, seed, r.prompt_ids) for j, seed in enumerate(r.seeds)] for i, r in enumerate(requests)
-        ]
+        groups = [[Answer(i, j, seed, r.prompt_ids) for j, seed in enumerate(r.seeds)] for i, r in enumerate(requests)]
         self._fail_overlong(groups, sampling)
         waiting = deque(g for g in groups if g and g[0].status is None)
         n_all = sum(len(g) for g in groups)
         was_training = self._policy.model.training
         self._policy.model.eval()
         try:
-            self._run(waiting, sampling, lambda: progress(sum(a.status is not None for g in groups for a in g), n_all) if progress else None)
+            self._run(
+                waiting,
+                sampling,
+                lambda: progress(sum(a.status is not None for g in groups for a in g), n_all) if progress else None,
+            )
         finally:
             self._policy.model.train(was_training)
         return [[self._completion(a, requests[a.request]) for a in g] for g in groups]
