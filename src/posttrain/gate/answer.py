@@ -1,0 +1,49 @@
+"""Let a model answer a suite. The answers are kept beside the verdict, so that anybody can read what was judged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from posttrain.data.render import Renderer
+from posttrain.gate.suites import ItemResult, Suite, grade
+from posttrain.models.policy import Policy
+from posttrain.records import Outcome, Request, Sampling
+from posttrain.registry.files import write_text_atomic
+from posttrain.reporting import Reporter
+from posttrain.rewards import mix
+from posttrain.rollout.local import LocalEngine
+from posttrain.seeds import derive_seed
+
+
+def answer_suite(
+    policy: Policy, renderer: Renderer, suite: Suite, label: str, reporter: Reporter, *, seed: int = 0
+) -> list[ItemResult]:
+    """One sampled answer per item, graded, in the suite's order."""
+    sampling = Sampling(
+        max_new_tokens=suite.sampling.max_new_tokens,
+        temperature=suite.sampling.temperature,
+        top_p=suite.sampling.top_p,
+        top_k=suite.sampling.top_k,
+        stop_token_ids=renderer.stop_token_ids,
+    )
+    requests = [
+        Request(item.id, renderer.prompt_ids(item.prompt, item.id), (derive_seed(seed, "suite", item.id),))
+        for item in suite.items
+    ]
+    engine = LocalEngine(policy, renderer.answer_text)
+    with reporter.task(f"{label} on {suite.name}", len(requests)) as task:
+        completions = [group[0] for group in engine.generate(requests, sampling, lambda done, _: task.update(done))]
+    with mix.build(suite.score) as rewards:
+        return grade(suite, completions, rewards)
+
+
+def write_answers(path: Path, results: Sequence[ItemResult]) -> None:
+    write_text_atomic(path, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in results))
+
+
+def read_answers(path: Path) -> list[ItemResult]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [ItemResult(**{**row, "outcome": Outcome(row["outcome"])}) for row in rows]
