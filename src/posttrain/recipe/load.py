@@ -16,8 +16,8 @@ from posttrain.recipe.faults import Fault, RecipeFaults, key_names, show, unknow
 from posttrain.recipe.model import Recipe, Stage
 from posttrain.recipe.overrides import Overridden, apply_overrides, stage_label, stage_methods
 from posttrain.recipe.rules import StageView, ordering_faults, rule_faults, warnings_of
-from posttrain.recipe.views import key_name, leaves
-from posttrain.recipe.yaml_lines import Document, KeyPath, read_yaml, value_at
+from posttrain.recipe.views import leaves
+from posttrain.recipe.yaml_lines import Document, KeyPath, key_name, read_yaml, value_at
 from posttrain.settings import METHODS, RecipeSettings, Section
 
 # Stand-ins for required keys that are faulty, so that the rules can still look at the rest of the section.

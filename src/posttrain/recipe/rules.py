@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.recipe.faults import show
-from posttrain.recipe.yaml_lines import KeyPath
+from posttrain.recipe.yaml_lines import KeyPath, key_name
 from posttrain.settings import RetryPolicy, StageSettings
 
 
@@ -64,7 +64,8 @@ def rule_faults(stage: StageView) -> Iterator[Broken]:
     for path, value in _numbers(stage.raw, stage.path):
         may_be_infinite = path[-1] == "max_grad_norm"  # a way to say: never clip
         if not math.isfinite(value) and not may_be_infinite and path[len(stage.path)] not in stage.broken:
-            yield Broken(path, f"{stage.label}.{path[-1]} = {show(value)} must be a finite number.")
+            name = key_name(path[len(stage.path) :])
+            yield Broken(path, f"{stage.label}.{name} = {show(value)} must be a finite number.")
 
 
 def ordering_faults(stages: Sequence[StageView | None]) -> Iterator[Broken]:

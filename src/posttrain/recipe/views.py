@@ -11,7 +11,7 @@ from typing import Any
 
 from posttrain.recipe.faults import show
 from posttrain.recipe.model import Recipe
-from posttrain.recipe.yaml_lines import KeyPath
+from posttrain.recipe.yaml_lines import KeyPath, key_name
 from posttrain.settings import METHODS, RecipeSettings
 
 # Keys that change how a run is carried out or watched, not what it produces. Two recipes that differ only in these
@@ -63,14 +63,6 @@ def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
             yield from leaves(item, (*path, index))
     else:
         yield path, value
-
-
-def key_name(path: KeyPath) -> str:
-    """A key path as users write it: "2-dpo.datasets.1.path". Lists count from 1."""
-    words = [str(part + 1) if isinstance(part, int) else part for part in path]
-    if words[0] == "stages" and len(words) >= 3:
-        words[:3] = [f"{words[1]}-{words[2]}"]
-    return ".".join(words)
 
 
 def canonical_json(value: Any) -> str:

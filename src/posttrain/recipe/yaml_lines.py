@@ -158,6 +158,14 @@ _SCALARS: dict[str, Callable[[str], Any]] = {
 }
 
 
+def key_name(path: KeyPath) -> str:
+    """A key path as users write it: "2-dpo.datasets.1.path". Lists count from 1."""
+    words = [str(part + 1) if isinstance(part, int) else part for part in path]
+    if words[0] == "stages" and len(words) >= 3:
+        words[:3] = [f"{words[1]}-{words[2]}"]
+    return ".".join(words)
+
+
 def value_at(data: Any, path: KeyPath, default: Any = None) -> Any:
     """What plain data holds at `path`."""
     for key in path:

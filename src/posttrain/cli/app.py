@@ -1,0 +1,46 @@
+"""The list of commands. Command modules import only typer and the standard library at their head, so that help is
+instant; whatever a command needs it imports when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from posttrain import __version__
+from posttrain.cli import doctor, recipes
+
+app = typer.Typer(
+    help="SFT, preference optimisation and RL as one gated, resumable pipeline.",
+    epilog="Exit codes: 0 ok · 1 internal · 2 usage or recipe · 3 data · 4 gate said no · 5 will not fit here · "
+    "130 interrupted, saved.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"posttrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+) -> None:
+    """Global options are acted on elsewhere: --version by its callback, --debug by the boundary in `main`."""
+    del version, debug
+
+
+RECIPES, MACHINE = "Recipes", "This machine"
+
+app.command("check", rich_help_panel=RECIPES)(recipes.check)
+app.command("explain", rich_help_panel=RECIPES)(recipes.explain)
+app.command("schema", rich_help_panel=RECIPES)(recipes.schema)
+app.command("doctor", rich_help_panel=MACHINE)(doctor.doctor)
