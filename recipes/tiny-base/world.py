@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from random import Random
 
 NAMES = (
-    "Ada Ben Carl Dora Emma Finn Grace Hugo Ida Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tom Uma Vera Will Yara Zoe "
-    "Anna Bob Clara Dan Eva Fred Gina Hans Iris Jon Lena Max Nina Otto Pia Rita"
+    "Ada Ben Carl Dora Emma Finn Grace Hugo Ida Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tom Uma Vera Will "
+    "Yara Zoe Anna Bob Clara Dan Eva Fred Gina Hans Iris Jon Lena Max Nina Otto Pia Rita"
 ).split()
 THINGS = (
-    "apples pears plums figs nuts eggs cakes buns coins stamps cards books pens cups hats keys bells balls beads "
-    "shells stones sticks leaves seeds roses birds ducks hens goats fish boats cars kites drums maps toys bags boxes "
-    "stars rings socks"
+    "apples pears plums figs nuts eggs cakes buns coins stamps cards books pens cups hats keys bells balls "
+    "beads shells stones sticks leaves seeds roses birds ducks hens goats fish boats cars kites drums maps "
+    "toys bags boxes stars rings socks"
 ).split()
 GAINS = ("finds {n} more", "buys {n} more", "gets {n} more", "picks up {n} more", "is given {n} more", "wins {n} more")
 LOSSES = ("gives away {n}", "loses {n}", "sells {n}", "drops {n}", "breaks {n}", "puts away {n}")
@@ -37,7 +37,8 @@ COLOURS = dict(grass="green", snow="white", coal="black", blood="red", honey="go
 OPPOSITES = dict(hot="cold", big="small", up="down", day="night", fast="slow", wet="dry", old="new", open="shut",
                  hard="soft", full="empty", early="late", high="low")  # fmt: skip
 CAPITALS = dict(France="Paris", Italy="Rome", Spain="Madrid", Norway="Oslo", Egypt="Cairo", Japan="Tokyo",
-                Greece="Athens", Peru="Lima", Cuba="Havana", Kenya="Nairobi", Poland="Warsaw", Austria="Vienna")  # fmt: skip
+                Greece="Athens", Peru="Lima", Cuba="Havana", Kenya="Nairobi", Poland="Warsaw",
+                Austria="Vienna")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,37 @@ def problem(rng: Random, n_changes: int, *, largest: int = 60) -> Problem:
     for _ in range(n_changes):
         gain = total < 5 or (rng.random() < 0.5 and total < largest - 2)
         n = rng.randint(2, min(20, largest - total)) if gain else rng.randint(2, min(20, total - 1))
-        deed = rng.choice(GAINS if gain else LOSSES).format(n=n)
+        deed = rng.choice(GAINS if gain else LOSSES).format(n=n) + (f" {thing}" if rng.random() < 0.4 else "")
         sentences.append(rng.choice(LINKS).format(name=name, deed=deed))
         changes.append(n if gain else -n)
         total += changes[-1]
-    return Problem(name, thing, start, tuple(changes), tuple(sentences), rng.choice(ASKS).format(name=name, thing=thing))
+    return Problem(
+        name, thing, start, tuple(changes), tuple(sentences), rng.choice(ASKS).format(name=name, thing=thing)
+    )
 
 
 # What the base model reads -------------------------------------------------------------------------------------
+
+
+WONDERS = (
+    "Let us count.",
+    "Let us count the {thing}.",
+    "Let us count the {thing} of {name}.",
+    "We want to know how many {thing} {name} has.",
+    "Nobody knows how many {thing} that is, so we count.",
+    "It is not hard to count the {thing}.",
+)
+ENDS = (
+    "So {name} has {n} {thing}.",
+    "So there are {n} {thing}.",
+    "That makes {n} {thing}.",
+    "In the end {name} has {n} {thing}.",
+    "The count is {n} {thing}.",
+)
+
+
+def ending(rng: Random, p: Problem) -> str:
+    return rng.choice(ENDS).format(name=p.name, n=p.result, thing=p.thing)
 
 
 def story_counted_as_it_goes(rng: Random) -> str:
@@ -106,12 +130,17 @@ def story_counted_as_it_goes(rng: Random) -> str:
     told = [p.sentences[0]]
     for sentence, equation in zip(p.sentences[1:], p.equations, strict=True):
         told += [sentence, equation]
-    return " ".join([*told, f"So {p.name} has {p.result} {p.thing}."])
+    return " ".join([*told, ending(rng, p)])
 
 
 def story_counted_at_the_end(rng: Random) -> str:
+    """Sometimes a remark, or a new line, stands between the story and its count."""
     p = problem(rng, rng.randint(1, 3))
-    return " ".join([*p.sentences, *p.equations, f"So {p.name} has {p.result} {p.thing}."])
+    told = list(p.sentences)
+    if rng.random() < 0.6:
+        told.append(rng.choice(WONDERS).format(name=p.name, thing=p.thing))
+    gap = rng.choice((" ", " ", "\n"))
+    return " ".join(told) + gap + " ".join(p.equations) + rng.choice((" ", "\n")) + ending(rng, p)
 
 
 def story(rng: Random) -> str:
@@ -124,7 +153,9 @@ def drill(rng: Random) -> str:
     sums = []
     for _ in range(rng.randint(4, 10)):
         a, b = rng.randint(1, 60), rng.randint(1, 20)
-        sums.append(f"{a} + {b} = {a + b}." if a + b <= 60 and rng.random() < 0.5 else f"{a} - {min(a, b)} = {a - min(a, b)}.")
+        sums.append(
+            f"{a} + {b} = {a + b}." if a + b <= 60 and rng.random() < 0.5 else f"{a} - {min(a, b)} = {a - min(a, b)}."
+        )
     return " ".join(sums)
 
 
@@ -141,10 +172,10 @@ def facts(rng: Random) -> str:
 
 
 KINDS = {
-    story_counted_as_it_goes: 22,
-    story_counted_at_the_end: 30,
+    story_counted_as_it_goes: 14,
+    story_counted_at_the_end: 42,
     story: 10,
-    drill: 14,
+    drill: 10,
     exercises: 16,
     facts: 8,
 }

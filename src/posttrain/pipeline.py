@@ -11,14 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from posttrain import paths
 from posttrain.data.render import Renderer
-from posttrain.data.templates import template_source
 from posttrain.errors import ArtefactError, GateRefused, RecipeError
 from posttrain.gate.answer import answer_suite, read_answers, write_answers
 from posttrain.gate.decide import judge
@@ -161,7 +159,7 @@ def file_hash(path: Path) -> str:
 
 
 def _template(recipe: Recipe) -> str | None:
-    return template_source(recipe.chat_template, recipe.resolve) if recipe.chat_template else None
+    return recipe.resolve(recipe.chat_template).read_text(encoding="utf-8") if recipe.chat_template else None
 
 
 def _tell_changes(r: Run) -> None:
@@ -222,7 +220,7 @@ def run_stage(r: Run, stage: RecipeStage, parent: Parent, attempt: int) -> tuple
     ref = load_ref(final)
     report = read_manifest(final).gate
     if suite is not None and report is None:
-        report = _judge(r, stage.settings, parent, ref, suite, place, started)
+        report = _judge(r, stage.settings, parent, ref, suite, place)
         attach_gate(final, report)
     elif not fresh:
         r.reporter.line(f"{stage.key}: finished before")
@@ -270,7 +268,7 @@ def _train_and_save(
 ) -> None:
     s = stage.settings
     r.reporter.line(f"{stage.key}: starts from {parent.ref}")
-    policy = load_policy(parent.source, _options(s), chat_template=None)
+    policy = load_policy(parent.source, _options(s))
     renderer = Renderer(policy.tokenizer, r.template)
     _refuse_other_template(parent, renderer)
     for note in policy.notes:
@@ -337,9 +335,7 @@ def _manifest(
     )
 
 
-def _judge(
-    r: Run, s: StageSettings, parent: Parent, child: ArtefactRef, suite: Suite, place: Place, started: float
-) -> GateReport:
+def _judge(r: Run, s: StageSettings, parent: Parent, child: ArtefactRef, suite: Suite, place: Place) -> GateReport:
     """Both sides on the same items. The child is loaded from disk: what is judged is what would be served."""
     assert s.gate is not None
     began = time.monotonic()
@@ -347,13 +343,10 @@ def _judge(
     after = _answers_of(r, child.path, suite, child.fingerprint, child.version, s)
     write_answers(place.directory / "answers.jsonl", after)
     seconds = round(time.monotonic() - began, 2)
-    report = judge(suite, before, after, s.gate, seconds, str(parent.ref), child.version)
-    return replace(report)
+    return judge(suite, before, after, s.gate, seconds, str(parent.ref), child.version)
 
 
-def _answers_of(
-    r: Run, source: str, suite: Suite, weights: str, label: str, s: StageSettings
-) -> list[ItemResult]:
+def _answers_of(r: Run, source: str, suite: Suite, weights: str, label: str, s: StageSettings) -> list[ItemResult]:
     """A model's graded answers, from disk where the same weights answered the same suite before."""
     if (path := _answers_path(r, suite, weights)).exists():
         return read_answers(path)
@@ -361,9 +354,7 @@ def _answers_of(
     return _answers(r, policy, Renderer(policy.tokenizer, r.template), suite, weights, label)
 
 
-def _answers(
-    r: Run, policy: Policy, renderer: Renderer, suite: Suite, weights: str, label: str
-) -> list[ItemResult]:
+def _answers(r: Run, policy: Policy, renderer: Renderer, suite: Suite, weights: str, label: str) -> list[ItemResult]:
     path = _answers_path(r, suite, weights)
     if path.exists():
         return read_answers(path)
@@ -390,13 +381,15 @@ def _register(r: Run, stage: RecipeStage, ref: ArtefactRef, report: GateReport |
     if report is not None:
         metrics |= {"gate_before": report.before.value, "gate_after": report.after.value, "gate_gain": report.gain}
     run_id = r.store.log_run(
-        r.recipe.name, stage.key, key=ref.fingerprint, params=stage.as_dict(), metrics=metrics, tags={"artefact": str(ref)}
+        r.recipe.name,
+        stage.key,
+        key=ref.fingerprint,
+        params=stage.as_dict(),
+        metrics=metrics,
+        tags={"artefact": str(ref)},
     )
     if report is None or not report.passed:
         return None
     version = r.store.register(r.recipe.register, ref, run_id)
     r.store.set_alias(r.recipe.register, "candidate", version)
     return version
-
-
-Progress = Callable[[str], None]

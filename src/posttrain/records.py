@@ -27,7 +27,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A conversation to imitate. `id` is stable: "file.jsonl:17". With `text` set it is plain text, all of it scored."""
+    """A conversation to imitate, or plain `text`, all of it scored. `id` is stable: "file.jsonl:17"."""
 
     id: str
     messages: tuple[Message, ...] = ()
@@ -59,7 +59,7 @@ Row = Example | Pair | Task
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One answer in token ids. `scored[i]` says whether token i carries loss: sampled tokens do, tool output does not."""
+    """One answer in token ids. `scored[i]`: token i carries loss. Sampled tokens do, tool output does not."""
 
     token_ids: tuple[int, ...]
     scored: tuple[bool, ...]

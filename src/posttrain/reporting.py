@@ -58,7 +58,7 @@ class Task:
         self._line, self._live = line, live
         self._started = self._last_line = time.monotonic()
 
-    def update(self, done: int, values: Mapping[str, str] = {}) -> None:  # noqa: B006
+    def update(self, done: int, values: Mapping[str, str] = {}) -> None:
         """`values` are the figures that matter, already formatted."""
         now = time.monotonic()
         note = "  ".join([*(f"{k} {v}" for k, v in values.items()), self._eta(done, now)]).strip()

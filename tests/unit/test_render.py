@@ -11,6 +11,7 @@ from tokenizers.normalizers import Lowercase
 from posttrain.data.formats import read_examples, read_pairs
 from posttrain.data.render import Renderer
 from posttrain.errors import DataError
+from posttrain.paths import ASSETS
 from posttrain.records import Branch, Example, Message, Pair
 from posttrain.settings import DatasetSettings
 
@@ -51,20 +52,23 @@ def scored_texts(renderer: Renderer, branch: Branch) -> list[str]:
     return [renderer.decode(run) for run in runs]
 
 
+PLAIN, CHATML = ((ASSETS / f"templates/{name}.jinja").read_text("utf-8") for name in ("plain", "chatml"))
+
+
 @pytest.fixture(scope="module")
 def chatml() -> Renderer:
-    return Renderer(byte_tokenizer(), "builtin:chatml")
+    return Renderer(byte_tokenizer(), CHATML)
 
 
 @pytest.fixture(scope="module")
 def plain() -> Renderer:
-    return Renderer(byte_tokenizer(chatml=False), "builtin:plain")
+    return Renderer(byte_tokenizer(chatml=False), PLAIN)
 
 
 @pytest.fixture(scope="module")
 def stories() -> Renderer:
     """A real tokenizer that writes a space before each text it is given: joined and separate pieces differ."""
-    return Renderer(stories_tokenizer(), "builtin:plain")
+    return Renderer(stories_tokenizer(), PLAIN)
 
 
 def test_an_example_is_prompt_then_answer_with_its_end_token(chatml: Renderer) -> None:
@@ -193,7 +197,7 @@ def test_a_tokenizer_that_cannot_hold_the_text_is_refused() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.normalizer = Lowercase()
     with pytest.raises(DataError, match=r"d:1: the tokenizer cannot hold the text: 'She sold 72.*becomes 'she sold 72"):
-        Renderer(tokenizer, "builtin:chatml").example(Example("d:1", (U1, A1)))
+        Renderer(tokenizer, CHATML).example(Example("d:1", (U1, A1)))
 
 
 def test_control_tokens_in_messages_are_refused(chatml: Renderer) -> None:
@@ -210,12 +214,12 @@ def test_control_tokens_in_messages_are_refused(chatml: Renderer) -> None:
     ("tokenizer", "template"),
     [
         (byte_tokenizer(), ENDLESS),
-        (byte_tokenizer(chatml=False), "builtin:chatml"),  # <|im_end|> is no token here: it falls into pieces
-        (byte_tokenizer(chatml=False, eos=None), "builtin:plain"),
+        (byte_tokenizer(chatml=False), CHATML),  # <|im_end|> is no token here: it falls into pieces
+        (byte_tokenizer(chatml=False, eos=None), PLAIN),
     ],
 )
 def test_a_template_without_an_end_token_is_refused(tokenizer: Any, template: str) -> None:
-    with pytest.raises(DataError, match=r"no token ends an answer.*builtin:plain"):
+    with pytest.raises(DataError, match=r"no token ends an answer.*builtin:templates/plain.jinja"):
         Renderer(tokenizer, template)
 
 
@@ -231,7 +235,7 @@ def test_both_the_template_s_end_and_the_tokenizer_s_stop_sampling(chatml: Rende
 
 
 def test_templates_that_are_missing_or_refuse_a_role() -> None:
-    with pytest.raises(DataError, match=r"no chat template. Set chat_template: builtin:plain"):
+    with pytest.raises(DataError, match=r"no chat template. Set chat_template: builtin:templates/plain.jinja"):
         Renderer(byte_tokenizer())
     with pytest.raises(DataError, match="no chat template 'builtin:alpaca'"):
         Renderer(byte_tokenizer(), "builtin:alpaca")
@@ -241,10 +245,10 @@ def test_templates_that_are_missing_or_refuse_a_role() -> None:
 
 
 def test_the_fingerprint_follows_template_and_special_tokens(chatml: Renderer) -> None:
-    again = Renderer(byte_tokenizer(), "builtin:chatml")
+    again = Renderer(byte_tokenizer(), CHATML)
     assert again.fingerprint == chatml.fingerprint
     assert Renderer(byte_tokenizer(), TRIMS).fingerprint != chatml.fingerprint
-    assert Renderer(byte_tokenizer(eos=None), "builtin:chatml").fingerprint != chatml.fingerprint
+    assert Renderer(byte_tokenizer(eos=None), CHATML).fingerprint != chatml.fingerprint
     # Saving the tokenizer saves the template that was used, and reading it back gives the same renderer.
     assert Renderer(again.tokenizer).fingerprint == chatml.fingerprint
 

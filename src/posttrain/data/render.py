@@ -47,7 +47,7 @@ class Plan:
 
 
 class Renderer:
-    """Tokenises conversations and plain text. `template`: None (the tokenizer's own), "builtin:NAME" or Jinja text.
+    """Tokenises conversations and plain text. `template` is Jinja text; None: the tokenizer's own.
 
     The tokenizer is given the template that is used, so saving the tokenizer saves the template it was trained with.
     """

@@ -12,7 +12,6 @@ import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
 from typing import Any
 
 from jinja2 import TemplateError
@@ -20,9 +19,10 @@ from jinja2 import TemplateError
 from posttrain.errors import DataError
 from posttrain.records import Message
 
-BUILTIN = "builtin:"
-BUILTIN_TEMPLATES = ("chatml", "plain")
-USE_BUILTIN = "Set chat_template: builtin:plain (any tokenizer) or builtin:chatml (needs <|im_end|> as a token)."
+USE_BUILTIN = (
+    "Set chat_template: builtin:templates/plain.jinja (any tokenizer) or builtin:templates/chatml.jinja "
+    "(needs <|im_end|> as a token)."
+)
 PROBE_QUESTION = Message("user", "Is this a probe?")
 PROBE_ANSWER = Message("assistant", "Yes, this is one.")
 RENDERS_REMEMBERED = 8192
@@ -141,20 +141,12 @@ class ChatTemplate:
 
 
 def template_text(tokenizer: Any, template: str | None) -> str:
-    """Jinja text from None (the tokenizer's own), "builtin:NAME" or the text itself."""
-    if template is None:
-        if not isinstance(tokenizer.chat_template, str):
-            raise DataError("the tokenizer has no chat template.", remedy=USE_BUILTIN)
-        return tokenizer.chat_template
-    if not template.startswith(BUILTIN):
+    """The template given as Jinja text, or the tokenizer's own."""
+    if template is not None:
         return template
-    name = template.removeprefix(BUILTIN)
-    if name not in BUILTIN_TEMPLATES:
-        raise DataError(
-            f"there is no chat template {template!r}.",
-            remedy=f"Built in: {', '.join(BUILTIN + known for known in BUILTIN_TEMPLATES)}.",
-        )
-    return resources.files("posttrain").joinpath(f"assets/templates/{name}.jinja").read_text("utf-8")
+    if not isinstance(tokenizer.chat_template, str):
+        raise DataError("the tokenizer has no chat template.", remedy=USE_BUILTIN)
+    return tokenizer.chat_template
 
 
 def _control_pattern(tokenizer: Any) -> re.Pattern[str] | None:

@@ -32,7 +32,7 @@ class Stage:
 
     @property
     def name(self) -> str:
-        return self.place.directory.name
+        return self.place.label
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,5 +186,5 @@ def _group(rows: list[AttentionRow], device: torch.device | str) -> AttentionGro
 
 
 def unshared_tokens(trees: Sequence[Tree]) -> int:
-    """Tokens the same trees would cost with one prompt copy per answer: what the forest saves is measured against this."""
+    """Tokens the same trees cost with a prompt copy per answer: what the forest saves is measured against this."""
     return sum(len(t.trunk_ids) * max(1, len(t.branches)) + sum(len(b.token_ids) for b in t.branches) for t in trees)

@@ -39,7 +39,7 @@ class Head:
 
 
 def head_of(model: nn.Module) -> Head:
-    layer, config = model.get_output_embeddings(), model.config  # type: ignore[operator, union-attr]
+    layer, config = model.get_output_embeddings(), model.config  # type: ignore[operator]
     scale = 1.0 / getattr(config, "logits_scaling", 1.0) * getattr(config, "logit_scale", 1.0)
     return Head(layer.weight, getattr(layer, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
 

@@ -26,7 +26,10 @@ class LoadOptions:
     gradient_checkpointing: bool = False
 
 
-def load_policy(source: str, options: LoadOptions = LoadOptions(), *, chat_template: str | None = None) -> Policy:
+DEFAULT_OPTIONS = LoadOptions()
+
+
+def load_policy(source: str, options: LoadOptions = DEFAULT_OPTIONS) -> Policy:
     """Load weights and tokenizer from a directory or a Hub name. Trained weights are kept in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,10 +45,8 @@ def load_policy(source: str, options: LoadOptions = LoadOptions(), *, chat_templ
     except (OSError, ValueError, KeyError) as e:
         raise ModelError(
             f"model {source!r} cannot be loaded: {_first_line(e)}",
-            remedy="Give a directory with config.json, weights and tokenizer, a Hub name you have access to, or builtin:tiny-base.",
+            remedy="Give a model folder, a Hub name you have access to, or builtin:tiny-base.",
         ) from e
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
     model.to(device).eval()
     model.config.use_cache = False
     policy = Policy(model, tokenizer, autocast=compute if compute != kept else None)
@@ -102,7 +103,7 @@ def choose_layout(policy: Policy, forest: str) -> None:
 
 @torch.no_grad()
 def probe_forest(policy: Policy) -> str | None:
-    """None when forest and padded rows agree on random tokens; else why not. Leaves the forest attention switched on."""
+    """None when forest and padded rows agree on random tokens; else why not. Leaves the forest attention on."""
     trees = _probe_trees(policy.model.config.vocab_size)
     try:
         policy.model.set_attn_implementation(IMPLEMENTATION)
@@ -171,6 +172,22 @@ def _adapter_deltas(model: Any) -> dict[str, torch.Tensor]:
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
     }
+
+
+# The saved model may differ from the trained one by rounding: an adapter's product is added to the weights.
+SAVED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
+
+
+@torch.no_grad()
+def saved_differs(policy: Policy, directory: Path) -> str | None:
+    """None when the model in `directory` gives the trained one's log-probs on random tokens; else how far off."""
+    options = LoadOptions(forest="off", frozen_base=policy.model.dtype != torch.float32)
+    saved = load_policy(str(directory), options)
+    trees = _probe_trees(policy.model.config.vocab_size)
+    ours, theirs = policy.score(trees)[0].logp_N, saved.score(trees)[0].logp_N
+    gap = float((ours - theirs).abs().max())
+    tolerance = SAVED_TOLERANCE[policy.autocast or policy.model.dtype]
+    return None if gap <= tolerance else f"its log-probs differ by {gap:.2g}, more than {tolerance:g}"
 
 
 def weights_fingerprint(policy: Policy, *, frozen_only: bool = False) -> str:

@@ -85,11 +85,17 @@ def ordering_faults(stages: Sequence[StageView | None]) -> Iterator[Broken]:
                 f"{stage.label} is the first stage, so its model may never have had SFT. Put an sft stage before it, "
                 f"or set {stage.label}.allow_without_sft: true when the model already follows instructions.",
             )
-        elif allow and stage is not first:
+        elif allow and stage is not first and not any(_may_leave_base(s) for s in stages[:position]):
             yield Broken(
                 where,
-                f"{stage.label}.allow_without_sft is set but never read: only a first stage asks. Remove it.",
+                f"{stage.label}.allow_without_sft is set but never read: every stage before it must pass. Remove it.",
             )
+
+
+def _may_leave_base(stage: StageView | None) -> bool:
+    """A stage that may be skipped when its gate says no, which leaves the next one with the model before it."""
+    gate = stage.settings.gate if stage else None
+    return gate is not None and gate.on_fail == "keep_parent"
 
 
 def warnings_of(stage: StageView, model: str) -> Iterator[Broken]:

@@ -37,6 +37,7 @@ class Place:
 
     directory: Path
     seed: int
+    label: str  # what people call the stage: "1-sft"
 
     @property
     def checkpoints(self) -> Path:
@@ -62,7 +63,7 @@ def train(policy: Policy, objective: Objective[Item], s: StageSettings, place: P
     done, best = _resume(place, objective, parameters, optimizer, reporter)
     log = MetricsLog(place.metrics, resume_after=done)
     started = time.monotonic()
-    with _interruptible(reporter) as interrupted, reporter.task(place.directory.name, objective.n_steps, done) as task:
+    with _interruptible(reporter) as interrupted, reporter.task(place.label, objective.n_steps, done) as task:
         for step in range(done, objective.n_steps):
             values = _step(policy, objective, parameters, optimizer, step, s, place)
             last = step + 1 == objective.n_steps
@@ -77,12 +78,12 @@ def train(policy: Policy, objective: Objective[Item], s: StageSettings, place: P
                 checkpoint.save(place.checkpoints, saved, parameters, optimizer)
             if interrupted and not last:
                 raise Interrupted(
-                    f"interrupted; {place.directory.name} is saved after step {step + 1} of {objective.n_steps}.",
+                    f"interrupted; {place.label} is saved after step {step + 1} of {objective.n_steps}.",
                     remedy="Run the same command again to go on.",
                 )
     if s.load_best_model_at_end and best is not None:
         checkpoint.load_weights(place.directory / BEST, parameters)
-        reporter.line(f"{place.directory.name}: kept step {best['step']}, the best on eval_datasets")
+        reporter.line(f"{place.label}: kept step {best['step']}, the best on eval_datasets")
     return Trained(objective.n_steps, time.monotonic() - started, _summary(log, best))
 
 
@@ -94,7 +95,7 @@ def _resume(
         return 0, None
     saved = checkpoint.restore(found, parameters, optimizer)
     objective.restore(saved.objective)
-    reporter.line(f"{place.directory.name}: going on after step {saved.step} of {objective.n_steps}")
+    reporter.line(f"{place.label}: going on after step {saved.step} of {objective.n_steps}")
     return saved.step, saved.best
 
 
@@ -190,7 +191,7 @@ def _not_finite(batch: StepBatch[Item], loss: float, norm: float, step: int, pla
     kept = place.directory / f"refused-step-{step + 1}.jsonl"
     kept.write_text("".join(json.dumps(_tree_as_dict(item.tree)) + "\n" for item in batch.items))
     return TrainingStopped(
-        f"loss {loss} and gradient norm {norm} at step {step + 1} of {place.directory.name}; the step was not taken.",
+        f"loss {loss} and gradient norm {norm} at step {step + 1} of {place.label}; the step was not taken.",
         where=str(kept),
         remedy="The batch is in that file. Lower learning_rate, or remove the rows that cause it.",
     )
@@ -215,7 +216,7 @@ def _interruptible(reporter: Reporter) -> Iterator[list[bool]]:
     """Ctrl-C finishes the step and saves; a second one stops at once. Off the main thread signals stay as they are."""
     asked: list[bool] = []
 
-    def ask(signum: int, frame: Any) -> None:
+    def ask(_signum: int, _frame: Any) -> None:
         if asked:
             raise KeyboardInterrupt
         asked.append(True)

@@ -43,8 +43,13 @@ class Evaluation:
 
 
 class Objective(Protocol[Item]):
-    n_steps: int
-    headline: str  # the metric a person should watch
+    @property
+    def n_steps(self) -> int: ...
+
+    @property
+    def headline(self) -> str:
+        """The metric a person should watch."""
+        ...
 
     def batch(self, step: int) -> StepBatch[Item]:
         """The items of optimiser step `step` (from 0). RL samples them here, from the weights as they are."""
