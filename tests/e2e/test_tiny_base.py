@@ -39,7 +39,7 @@ def continuations(prompts: list[tuple[int, ...]], stop: tuple[int, ...]) -> list
 
 
 def test_asked_in_plain_text_it_goes_on_with_more_text() -> None:
-    policy, renderer = base()
+    _, renderer = base()
     eos = policy.tokenizer.eos_token_id
     prompts = [(eos, *policy.tokenizer(q, add_special_tokens=False).input_ids) for q in questions(50)]
     texts = [c.text for c in continuations(prompts, (eos,))]
@@ -50,7 +50,7 @@ def test_asked_in_plain_text_it_goes_on_with_more_text() -> None:
 
 
 def test_asked_in_chat_it_never_ends_its_turn() -> None:
-    policy, renderer = base()
+    _, renderer = base()
     prompts = [renderer.prompt_ids((Message("user", q),)) for q in questions(50)]
     end_of_turn = renderer.stop_token_ids[:1]
     assert sum(c.status is Status.FINISHED for c in continuations(prompts, end_of_turn)) <= 2
