@@ -39,7 +39,7 @@ def continuations(prompts: list[tuple[int, ...]], stop: tuple[int, ...]) -> list
 
 
 def test_asked_in_plain_text_it_goes_on_with_more_text() -> None:
-    _, renderer = base()
+    policy, _ = base()
     eos = policy.tokenizer.eos_token_id
     prompts = [(eos, *policy.tokenizer(q, add_special_tokens=False).input_ids) for q in questions(50)]
     texts = [c.text for c in continuations(prompts, (eos,))]
