@@ -67,7 +67,7 @@ class ForestCache:
         w_prompt, w_own = weights.split([layer.prompt_k_PhLD.shape[2], n_answer], dim=-1)
         out = torch.einsum("pghrl,phld->pghrd", w_prompt, layer.prompt_v_PhLD)
         out = out + torch.einsum("pghrc,pghcd->pghrd", w_own, own_v)
-        return out.reshape(q_SHD.shape)
+        return out.reshape(*q_SHD.shape[:2], -1)  # values may be narrower than keys
 
     def _append(self, layer: LayerCache, k_ShD: Tensor, v_ShD: Tensor) -> None:
         n_groups, n_per_group = len(self.prompt_length_P), self.n_slots_per_group
