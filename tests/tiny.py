@@ -88,6 +88,9 @@ HEADS: dict[str, Callable[..., Any]] = {
     "phi": _small(hf.PhiConfig),  # has a bias
     "gemma2": FOREST["gemma2"],
 }
+OTHER: dict[str, Callable[..., Any]] = {
+    "opt": _small(hf.OPTConfig, ffn_dim=48, word_embed_proj_dim=32, activation_function="gelu"),
+}
 
 
 def random_model(config: Any, seed: int = 0) -> Any:
@@ -103,7 +106,7 @@ def random_model(config: Any, seed: int = 0) -> Any:
 
 
 def tiny_policy(arch: str = "llama", *, seed: int = 0, forest: str = "on", **config: Any) -> Policy:
-    build = {**PADDED, **HEADS, **FOREST}[arch]
+    build = {**PADDED, **HEADS, **OTHER, **FOREST}[arch]
     policy = Policy(random_model(build(**config), seed), tokenizer=None)
     choose_layout(policy, forest)
     return policy
