@@ -11,6 +11,7 @@ import torch
 
 from posttrain.errors import DoesNotFit, ModelError
 from posttrain.models.attention import IMPLEMENTATION, ForestUnsupported
+from posttrain.models.padded import build_padded
 from posttrain.models.policy import Policy, stock_attention
 from posttrain.records import Branch, Tree
 
@@ -81,6 +82,7 @@ def _first_line(e: Exception) -> str:
 
 def choose_layout(policy: Policy, forest: str) -> None:
     """Decide between forest and padded rows by a parity probe; a fallback is noted on the policy, never silent."""
+    refuse_other_head(policy)
     stock = policy.model.config._attn_implementation
     if forest == "off":
         policy.layout = "padded"
@@ -99,6 +101,23 @@ def choose_layout(policy: Policy, forest: str) -> None:
     policy.notes.append(
         f"forest off for {policy.model.config.model_type} ({reason}); prompts are recomputed per answer"
     )
+
+
+@torch.no_grad()
+def refuse_other_head(policy: Policy) -> None:
+    """Both layouts compute log-probs with our own output layer, so a model that does more in its own is caught here."""
+    batch = build_padded(_probe_trees(policy.model.config.vocab_size), policy.device)
+    real = batch.mask_BL.flatten().bool()
+    with policy.compute(), stock_attention(policy.model):
+        stock = policy.model(input_ids=batch.token_ids_BL, attention_mask=batch.mask_BL).logits.flatten(0, 1)[real]
+    ours = policy.head.logits(policy.hidden(batch)[real])
+    gap = float((ours.log_softmax(-1) - stock.float().log_softmax(-1)).abs().max())
+    if gap > PROBE_TOLERANCE[policy.autocast or policy.model.dtype]:
+        raise ModelError(
+            f"{policy.model.config.model_type} makes its logits in a way this version does not know: "
+            f"log-probs differ by {gap:.2g} from the model's own.",
+            remedy="Use a model of another architecture.",
+        )
 
 
 @torch.no_grad()
@@ -198,5 +217,7 @@ def weights_fingerprint(policy: Policy, *, frozen_only: bool = False) -> str:
         if name in trained:
             continue
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )  # a scalar has no bytes view
     return digest.hexdigest()
