@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from posttrain.registry.files import write_text_atomic, writing
+
 
 class MetricsLog:
     """Appends lines; on resume it first forgets the steps after the checkpoint, so that no step stands twice."""
@@ -13,12 +15,12 @@ class MetricsLog:
     def __init__(self, path: Path, *, resume_after: int) -> None:
         self.path = path
         self.lines = [line for line in read_metrics(path) if line["step"] <= resume_after]
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         line = {"step": step, **{k: round(v, 8) if isinstance(v, float) else v for k, v in values.items()}}
         self.lines.append(line)
-        with self.path.open("a") as f:
+        with writing(self.path), self.path.open("a") as f:
             f.write(json.dumps(line) + "\n")
 
     def last(self, name: str) -> float | None:
