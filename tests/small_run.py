@@ -42,14 +42,14 @@ def rows(file: Path, found: Sequence[Any]) -> Path:
 
 
 def small_data(folder: Path) -> None:
-    """Questions that are all answered "ok" (SFT), better "yes" (DPO); and a suite for each, on other questions."""
+    """Questions answered "ok", every fourth one "now" (SFT); "now" is better (DPO); and suites on other questions."""
     asked = [f"Is {a} with {b} fine?" for a in WORDS for b in WORDS if a != b]
     train, held_out = asked[:60], asked[60:84]
-    rows(folder / "sft.jsonl", [{"prompt": q, "completion": "ok"} for q in train])
-    rows(folder / "dpo.jsonl", [{"prompt": q, "chosen": "yes", "rejected": "ok"} for q in train])
-    rows(folder / "grpo.jsonl", [{"prompt": q, "answer": "yes"} for q in train])
+    rows(folder / "sft.jsonl", [{"prompt": q, "completion": "ok" if i % 4 else "now"} for i, q in enumerate(train)])
+    rows(folder / "dpo.jsonl", [{"prompt": q, "chosen": "now", "rejected": "ok"} for q in train])
+    rows(folder / "grpo.jsonl", [{"prompt": q, "answer": "now"} for q in train])
     rows(folder / "held-out.jsonl", [{"prompt": q} for q in held_out])
-    for name, kind, pattern in (("ok", "accuracy", "ok"), ("yes", "win_rate", "yes"), ("never", "accuracy", "never")):
+    for name, kind, pattern in (("ok", "accuracy", "ok"), ("now", "win_rate", "now"), ("never", "accuracy", "never")):
         score = [{"format": {"pattern": pattern, "example": pattern}}]
         suite = {"name": name, "kind": kind, "items": "held-out.jsonl", "score": score}
         suite["sampling"] = {"max_new_tokens": 4}
@@ -66,12 +66,12 @@ def sft(**changes: Any) -> dict[str, Any]:
 
 
 def dpo(**changes: Any) -> dict[str, Any]:
-    settings = COMMON | dict(datasets=[{"path": "dpo.jsonl"}], max_steps=6, learning_rate=2e-3, save_steps=2)
+    settings = COMMON | dict(datasets=[{"path": "dpo.jsonl"}], max_steps=6, learning_rate=3e-3, save_steps=2)
     return {"dpo": settings | changes}
 
 
 def grpo(**changes: Any) -> dict[str, Any]:
-    reward = {"format": {"pattern": ".*[aeiou].?", "example": "yes"}}
+    reward = {"format": {"pattern": ".*[aeiou].?", "example": "now"}}
     settings = COMMON | dict(datasets=[{"path": "grpo.jsonl"}], max_steps=4, learning_rate=1e-3, save_steps=2)
     settings |= dict(rewards=[reward], num_generations=4, max_completion_length=4, temperature=1.5)
     return {"grpo": settings | changes}
