@@ -177,6 +177,7 @@ class GateReport:
     seconds: float
     parent_version: str
     child_version: str
+    min_score: float | None = None
     counts: Mapping[str, int] = field(default_factory=dict)  # scored, cut, checker_failed, timed_out ... per side
 
 

@@ -45,6 +45,7 @@ def judge(
         gain_interval=gain.interval,
         method=gain.method,
         min_gain=settings.min_gain,
+        min_score=settings.min_score,
         passed=passed,
         reasons=tuple(reasons),
         seconds=seconds,

@@ -14,6 +14,7 @@ from posttrain.data.render import Renderer
 from posttrain.errors import ModelError
 from posttrain.models.policy import Policy
 from posttrain.records import Example, Message, Pair, Task, Tree
+from posttrain.registry.files import writing
 from posttrain.reporting import Reporter
 from posttrain.settings import StageSettings
 from posttrain.train.loop import Place, Trained
@@ -64,7 +65,8 @@ def fit_rows(stage: Stage, trees: Sequence[Tree], ledger: Ledger, s: StageSettin
     refuse_beyond_positions(stage.policy, s.max_length)
     kept = fit(trees, s.max_length, s.on_overflow, s.max_drop_rate, ledger)
     stage.reporter.line(f"{stage.name}: {ledger.summary()}")
-    ledger.write(stage.place.directory / "rows.jsonl")
+    with writing(stage.place.directory):
+        ledger.write(stage.place.directory / "rows.jsonl")
     return kept
 
 

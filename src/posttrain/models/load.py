@@ -209,11 +209,12 @@ def saved_differs(policy: Policy, directory: Path) -> str | None:
     return None if gap <= tolerance else f"its log-probs differ by {gap:.2g}, more than {tolerance:g}"
 
 
-def weights_fingerprint(policy: Policy, *, frozen_only: bool = False) -> str:
-    """sha256 over names and bytes of the weights; `frozen_only` leaves out those that train."""
+def weights_fingerprint(policy: Policy, *, frozen_only: bool = False, merged: bool = False) -> str:
+    """sha256 over names and bytes of the weights; `frozen_only` leaves out those that train, `merged` has the adapter
+    in its layers."""
     digest = hashlib.sha256()
     trained = set(policy.trainable()) if frozen_only else set()
-    for name, tensor in sorted(policy.model.state_dict().items()):
+    for name, tensor in sorted((merged_state(policy) if merged else policy.model.state_dict()).items()):
         if name in trained:
             continue
         digest.update(name.encode())

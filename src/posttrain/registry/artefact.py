@@ -93,9 +93,10 @@ def attach_gate(directory: Path, report: GateReport) -> None:
             remedy="Evaluate this artefact and attach that report.",
         )
     judged = replace(manifest, gate=report)
-    # The manifest decides; should we die between the two writes, attaching again renews the card.
-    write_manifest(directory, judged)
+    # The manifest decides, so it comes last: should we die in between, the verdict is still missing there, and
+    # attaching it again renews the card. The other way round the card would say "not judged" for ever.
     write_text_atomic(directory / CARD, render_card(judged, is_adapter=(directory / ADAPTER_CONFIG).exists()))
+    write_manifest(directory, judged)
 
 
 def is_artefact(directory: Path) -> bool:

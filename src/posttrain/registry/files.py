@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 # The manifest cannot hold its own checksum, and the card is a rendering of the manifest which people may edit.
 UNLISTED = frozenset({MANIFEST, CARD})
+WRITING = ".writing-"  # ".NAME.writing-XXXX": scratch space of whoever writes NAME
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -70,27 +71,16 @@ def ensure_home(path: Path) -> Path:
     """Create the home directory and prove that it takes a file; permission bits alone prove nothing."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=".probe-") as probe:
-            probe.write(b"posttrain")
-            probe.flush()
-            os.fsync(probe.fileno())
+        with staged(path / "probe") as scratch:
+            _write_through(scratch / "probe", "posttrain")
     return path.resolve()
 
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a file that readers see whole: old or new, never half."""
-    with writing(path):
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with staged(path) as scratch, writing(path):
+        _write_through(scratch / path.name, text)
+        (scratch / path.name).replace(path)
         _fsync(path.parent)
 
 
@@ -128,7 +118,7 @@ def staged(final: Path) -> Iterator[Path]:
     It is locked while its writer lives; the kernel drops the lock of a killed one, whatever its process id was, so
     the next writer of the same name can tell its own leftovers from another's work.
     """
-    prefix = f".{final.name}.writing-"
+    prefix = f".{final.name}{WRITING}"
     with writing(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(final.parent, prefix)
@@ -159,11 +149,15 @@ def _remove_leftovers(parent: Path, prefix: str) -> None:
 
 
 def checksums(directory: Path) -> dict[str, str]:
-    """sha256 of every file below `directory` except manifest.json and README.md, by relative name, sorted."""
+    """sha256 of every file below `directory` except manifest.json and README.md, by relative name, sorted.
+
+    What a killed writer left behind is no part of the directory.
+    """
     found = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        name = path.relative_to(directory).as_posix()
-        if name not in UNLISTED:
+        relative = path.relative_to(directory)
+        name = relative.as_posix()
+        if name not in UNLISTED and not any(part.startswith(".") and WRITING in part for part in relative.parts):
             with path.open("rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
@@ -201,6 +195,13 @@ def _listed(directory: Path) -> Mapping[str, str]:
     if not isinstance(listed, dict):
         raise ArtefactError("does not list the files of its directory.", where=str(path), remedy=remedy)
     return listed
+
+
+def _write_through(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _fsync(path: Path) -> None:

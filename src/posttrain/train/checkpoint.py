@@ -52,9 +52,13 @@ def save(root: Path, saved: Saved, parameters: Mapping[str, nn.Parameter], optim
 
     target = checkpoint_path(root, saved.step)
     write_directory(target, fill, replace=True)
-    for older in root.glob("step-*"):
-        if older != target:
-            shutil.rmtree(older)
+    forget_all_but(target)
+
+
+def forget_all_but(newest: Path) -> None:
+    for other in newest.parent.glob("step-*"):
+        if other != newest:
+            shutil.rmtree(other)
 
 
 def restore(directory: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Saved:

@@ -19,7 +19,7 @@ from posttrain.errors import Interrupted, TrainingStopped
 from posttrain.losses.terms import Mean, add_metrics
 from posttrain.models.policy import Policy
 from posttrain.records import Tree
-from posttrain.registry.files import write_directory
+from posttrain.registry.files import write_directory, write_text_atomic, writing
 from posttrain.reporting import Reporter
 from posttrain.seeds import derive_seed
 from posttrain.settings import StageSettings
@@ -57,7 +57,8 @@ class Trained:
 
 def train(policy: Policy, objective: Objective[Item], s: StageSettings, place: Place, reporter: Reporter) -> Trained:
     """Run `objective` to its last step, resuming from the newest checkpoint if there is one."""
-    place.checkpoints.mkdir(parents=True, exist_ok=True)
+    with writing(place.checkpoints):
+        place.checkpoints.mkdir(parents=True, exist_ok=True)
     parameters = policy.trainable()
     optimizer = make_optimizer(parameters, s)
     done, best = _resume(place, objective, parameters, optimizer, reporter)
@@ -94,6 +95,7 @@ def _resume(
     if found is None:
         return 0, None
     saved = checkpoint.restore(found, parameters, optimizer)
+    checkpoint.forget_all_but(found)  # a kill may have come between writing this one and removing the one before
     objective.restore(saved.objective)
     reporter.line(f"{place.label}: going on after step {saved.step} of {objective.n_steps}")
     return saved.step, saved.best
@@ -189,7 +191,7 @@ def _evaluate(
 def _not_finite(batch: StepBatch[Item], loss: float, norm: float, step: int, place: Place) -> TrainingStopped:
     """The step is refused: weights and optimiser are untouched, and the batch is kept for inspection."""
     kept = place.directory / f"refused-step-{step + 1}.jsonl"
-    kept.write_text("".join(json.dumps(_tree_as_dict(item.tree)) + "\n" for item in batch.items))
+    write_text_atomic(kept, "".join(json.dumps(_tree_as_dict(item.tree)) + "\n" for item in batch.items))
     return TrainingStopped(
         f"loss {loss} and gradient norm {norm} at step {step + 1} of {place.label}; the step was not taken.",
         where=str(kept),

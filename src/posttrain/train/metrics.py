@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from posttrain.registry.files import write_text_atomic
+from posttrain.registry.files import write_text_atomic, writing
 
 
 class MetricsLog:
@@ -21,7 +21,7 @@ class MetricsLog:
     def write(self, step: int, values: dict[str, Any]) -> None:
         line = {"step": step, **{k: _written(v) for k, v in values.items()}}
         self.lines.append(line)
-        with self.path.open("a") as f:
+        with writing(self.path), self.path.open("a") as f:
             f.write(json.dumps(line) + "\n")
 
     def last(self, name: str) -> float | None:

@@ -1,0 +1,123 @@
+"""The walk over a recipe's stages: on from what passed, back where a gate asks for it; and who is champion then."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.errors import GateRefused
+from posttrain.pipeline.identity import Parent, base_parent, template_of
+from posttrain.pipeline.stage import Run, StageOutcome, run_stage
+from posttrain.recipe import Recipe, Stage, diff
+from posttrain.records import ArtefactRef
+from posttrain.registry.files import ensure_home, write_json_atomic, writing
+from posttrain.registry.store import ModelStore
+from posttrain.reporting import Reporter
+from posttrain.settings import Retry, RetryPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    recipe: str
+    outcomes: tuple[StageOutcome, ...]  # in the order they ran; a stage that was gone back to stands here again
+    champion: ArtefactRef | None
+    champion_version: int | None
+    seconds: float
+
+
+def run(recipe: Recipe, home: Path, reporter: Reporter) -> RunReport:
+    """Run or continue a recipe. Raises GateRefused where a gate said no and nothing may be promoted."""
+    started = time.monotonic()
+    home = ensure_home(home)
+    r = Run(recipe, home, reporter, ModelStore(home), template_of(recipe))
+    with writing(r.directory):
+        r.directory.mkdir(parents=True, exist_ok=True)
+    _tell_changes(r)
+    for warning in recipe.warnings:
+        reporter.line(f"warning: {warning}")
+    outcomes, last = _walk(r, base_parent(recipe, home))
+    champion = _promote(r, outcomes, last)
+    return RunReport(
+        recipe=recipe.name,
+        outcomes=tuple(outcomes),
+        champion=champion.artefact if champion else None,
+        champion_version=champion.version if champion else None,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _tell_changes(r: Run) -> None:
+    """Compare with the recipe this run directory saw last, and say what is different."""
+    seen, now = r.directory / "recipe.json", r.recipe.as_dict()
+    if seen.exists():
+        for change in diff(json.loads(seen.read_text(encoding="utf-8")), now):
+            r.reporter.line(f"changed since the last run: {change}")
+    write_json_atomic(seen, now)
+
+
+def _walk(r: Run, base: Parent) -> tuple[list[StageOutcome], Parent]:
+    """Every outcome, and the last accepted model."""
+    stages = r.recipe.stages
+    outcomes: list[StageOutcome] = []
+    starts = [base]  # the parent each stage starts from
+    attempts = [0] * len(stages)  # how often each stage was begun anew: another attempt is another seed
+    sent_back = [0] * len(stages)  # how often each stage's gate has asked for that
+    i = 0
+    while i < len(stages):
+        outcome, child = run_stage(r, stages[i], starts[i], attempts[i])
+        outcomes.append(outcome)
+        retry = None if outcome.accepted else _retry(stages[i])
+        if retry is not None and sent_back[i] < retry.max:
+            sent_back[i] += 1
+            target = next(j for j, s in enumerate(stages) if retry.stage in (s.method, s.key))
+            for j in range(target, i + 1):
+                attempts[j] += 1
+            r.reporter.line(f"{stages[i].key}: back to {stages[target].key}, time {sent_back[i]} of {retry.max}")
+            i = target
+            continue
+        if not outcome.accepted:
+            _refuse_unless_kept(r, stages[i], outcome, sent_back[i])
+            r.reporter.line(f"{stages[i].key}: going on from its parent, {starts[i].ref}")
+        starts[i + 1 :] = [child if outcome.accepted else starts[i]]
+        i += 1
+    return outcomes, starts[-1]
+
+
+def _retry(stage: Stage) -> Retry | None:
+    gate = stage.settings.gate
+    return gate.on_fail.retry if gate is not None and isinstance(gate.on_fail, RetryPolicy) else None
+
+
+def _refuse_unless_kept(r: Run, stage: Stage, outcome: StageOutcome, sent_back: int) -> None:
+    """on_fail: stop, and a retry that has used up its times, end the run here."""
+    assert stage.settings.gate is not None, "only a gate can refuse"
+    assert outcome.report is not None
+    if stage.settings.gate.on_fail == "keep_parent":
+        return
+    often = f", also after going back {sent_back} times" if sent_back else ""
+    raise GateRefused(
+        f"{stage.key} did not pass its gate{often}: {' '.join(outcome.report.reasons)}",
+        where=str(r.directory / outcome.artefact.version / "answers.jsonl"),
+        remedy="Its parent stays as it was. Read the answers that were judged there, then change the data or the "
+        "recipe.",
+    )
+
+
+def _promote(r: Run, outcomes: list[StageOutcome], last: Parent) -> StageOutcome | None:
+    """The model the walk ended with becomes champion, if a gate said so."""
+    ended_with = next((o for o in reversed(outcomes) if o.accepted and o.artefact == last.ref), None)
+    if ended_with is None:
+        verdicts = "; ".join(f"{o.key}: {' '.join(o.report.reasons)}" for o in outcomes if o.report is not None)
+        raise GateRefused(
+            f"no stage of {r.recipe.name} passed its gate, so nothing was promoted. {verdicts}",
+            where=str(r.directory),
+            remedy=f"Read the answers.jsonl of each stage, then change the recipe: posttrain explain {r.recipe.path}",
+        )
+    if ended_with.version is None:
+        r.reporter.line(f"nothing promoted: {ended_with.key} has no gate")
+        return None
+    r.store.promote(r.recipe.register, ended_with.version)
+    r.reporter.line(f"registered {r.recipe.register} version {ended_with.version} as champion")
+    return ended_with

@@ -1,0 +1,115 @@
+"""What a run starts from and what a stage means, as hashes of content: names and places do not count."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain import paths
+from posttrain.errors import DataError, RecipeError
+from posttrain.gate.suites import Suite
+from posttrain.recipe import Recipe, Stage, fingerprint
+from posttrain.records import ArtefactRef
+from posttrain.registry.artefact import is_artefact, load_ref
+from posttrain.registry.manifest import BaseRef
+from posttrain.registry.store import ModelStore, lineage_of
+from posttrain.seeds import derive_seed
+
+# Files of a base model that decide what it says: weights, shape, tokenizer and template.
+MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "tokenizer*", "special_tokens_map.json", "*.jinja", "vocab*",
+               "merges.txt")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """The model a stage starts from. `source` is what loads it."""
+
+    source: str
+    ref: ArtefactRef | BaseRef
+    had_sft: bool
+
+    @property
+    def fingerprint(self) -> str:
+        return self.ref.fingerprint if isinstance(self.ref, ArtefactRef) else self.ref.sha256
+
+
+def base_parent(recipe: Recipe, home: Path) -> Parent:
+    """The recipe's own model. One that posttrain made keeps its history: its template, and whether it had SFT."""
+    source = model_source(recipe, home)
+    if not is_artefact(Path(source)):
+        return Parent(source, BaseRef(recipe.model, base_hash(source)), had_sft=False)
+    had_sft = any(ancestor.method == "sft" for ancestor in lineage_of(Path(source)))
+    return Parent(source, load_ref(Path(source)), had_sft)
+
+
+def model_source(recipe: Recipe, home: Path) -> str:
+    """What loads the recipe's model: a packaged folder, a folder beside the recipe, a registered name, a Hub name."""
+    name = recipe.model
+    if name.startswith(paths.BUILTIN):
+        return str(recipe.resolve(name))
+    if name.startswith(("/", ".", "~")) or (recipe.path.parent / name).is_dir():
+        return str(recipe.resolve(name))
+    if "@" in name:
+        return str(ModelStore(home).find(name))
+    return name
+
+
+def base_hash(source: str) -> str:
+    """Identity of a model posttrain did not make: its files' hash, or the commit a Hub name stands for."""
+    folder = Path(source)
+    digest = hashlib.sha256()
+    if folder.is_dir():
+        for file in sorted({found for pattern in MODEL_FILES for found in folder.glob(pattern)}):
+            digest.update(file.name.encode())
+            digest.update(file_hash(file).encode())
+        return digest.hexdigest()
+    from transformers import AutoConfig
+
+    try:
+        commit = getattr(AutoConfig.from_pretrained(source), "_commit_hash", None)
+    except (OSError, ValueError) as e:
+        raise RecipeError(
+            f"model {source!r} is neither a folder nor a model of the Hub that can be reached.",
+            remedy="Correct `model`: a folder relative to the recipe, a Hub name, or builtin:tiny-base.",
+        ) from e
+    return hashlib.sha256(f"{source}@{commit}".encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def template_of(recipe: Recipe) -> str | None:
+    """The recipe's chat template as Jinja text; None: the tokenizer's own."""
+    if recipe.chat_template is None:
+        return None
+    path = recipe.resolve(recipe.chat_template)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(f"byte {e.start} of the chat template is not UTF-8 text.", where=str(path)) from e
+
+
+def stage_seed(recipe: Recipe, stage: Stage, attempt: int) -> int:
+    return derive_seed(recipe.seed, stage.key, attempt)
+
+
+def stage_fingerprint(
+    recipe: Recipe, stage: Stage, parent: Parent, suite: Suite | None, template: str | None, seed: int
+) -> str:
+    """What the stage makes. What its gate asks of the result is not part of it; the gate's items are, because
+    training rows are compared with them."""
+    s = stage.settings
+    return fingerprint(
+        {
+            "method": stage.method,
+            "settings": {key: value for key, value in stage.as_dict().items() if key != "gate"},
+            "parent": parent.fingerprint,
+            "data": [file_hash(recipe.resolve(d.path)) for d in [*s.datasets, *s.eval_datasets]],
+            "suite": suite.fingerprint if suite else None,
+            "template": template,
+            "seed": seed,
+        }
+    )

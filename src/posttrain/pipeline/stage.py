@@ -1,0 +1,257 @@
+"""One stage of a recipe: found finished, or trained, saved, judged and registered."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.render import Renderer
+from posttrain.errors import ArtefactError, RecipeError, TrainingStopped
+from posttrain.gate.answer import write_answers
+from posttrain.gate.decide import judge
+from posttrain.gate.report import line as gate_line
+from posttrain.gate.suites import Suite, load_suite
+from posttrain.methods.registry import METHODS, StageResult
+from posttrain.methods.registry import Stage as MethodStage
+from posttrain.methods.stage import prompt_text
+from posttrain.models.adapters import add_lora
+from posttrain.models.load import LoadOptions, load_policy, save_policy, saved_differs, weights_fingerprint
+from posttrain.models.policy import Policy
+from posttrain.pipeline.answers import Answers
+from posttrain.pipeline.identity import Parent, stage_fingerprint, stage_seed
+from posttrain.recipe import Recipe, Stage, fingerprint
+from posttrain.records import ArtefactRef, GateReport
+from posttrain.registry.artefact import attach_gate, load_ref, save_artefact
+from posttrain.registry.files import writing
+from posttrain.registry.manifest import DataFile, Manifest, current_versions, now_utc, read_manifest
+from posttrain.registry.store import CANDIDATE, ModelStore
+from posttrain.reporting import Reporter, duration
+from posttrain.seeds import derive_seed
+from posttrain.settings import StageSettings
+from posttrain.train.loop import Place
+from posttrain.train.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of a recipe in a home directory."""
+
+    recipe: Recipe
+    home: Path
+    reporter: Reporter
+    store: ModelStore
+    template: str | None
+
+    @property
+    def directory(self) -> Path:
+        return self.home / "runs" / self.recipe.name
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutcome:
+    """`accepted`: the next stage starts from this one. A stage without a gate is accepted, but never registered."""
+
+    key: str
+    artefact: ArtefactRef
+    report: GateReport | None
+    accepted: bool
+    version: int | None  # in the registry
+    seconds: float  # of this run: next to nothing for a stage found finished
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """Everything that decides what a stage makes, and the places that follow from it."""
+
+    run: Run
+    stage: Stage
+    parent: Parent
+    suite: Suite | None
+    seed: int
+    meaning: str
+
+    @property
+    def key(self) -> str:
+        return self.stage.key
+
+    @property
+    def settings(self) -> StageSettings:
+        return self.stage.settings
+
+    @property
+    def version(self) -> str:
+        return f"{self.key}-{self.meaning[:8]}"
+
+    @property
+    def place(self) -> Place:
+        return Place(self.run.directory / self.version, self.seed, self.key)
+
+    @property
+    def artefact(self) -> Path:
+        return self.run.home / "artefacts" / self.run.recipe.register / self.version
+
+    @property
+    def options(self) -> LoadOptions:
+        s = self.settings
+        return LoadOptions(s.dtype, s.forest, s.adapter != "none", s.gradient_checkpointing)
+
+    def say(self, text: str) -> None:
+        self.run.reporter.line(f"{self.key}: {text}")
+
+    def answers(self, suite: Suite) -> Answers:
+        return Answers(self.run.home, suite, self.run.template, self.run.reporter)
+
+
+def run_stage(r: Run, stage: Stage, parent: Parent, attempt: int) -> tuple[StageOutcome, Parent]:
+    """Train, save, judge and register one stage, or find that all this was done before."""
+    _refuse_without_sft(stage, parent)
+    started = time.monotonic()
+    suite = load_suite(r.recipe.resolve(stage.settings.gate.suite), r.recipe.resolve) if stage.settings.gate else None
+    seed = stage_seed(r.recipe, stage, attempt)
+    meaning = stage_fingerprint(r.recipe, stage, parent, suite, r.template, seed)
+    sr = StageRun(r, stage, parent, suite, seed, meaning)
+    if sr.artefact.exists():
+        sr.say(f"finished before, as {sr.version}")
+    else:
+        _train_and_save(sr)
+    ref = load_ref(sr.artefact)
+    report = _verdict(sr, ref)
+    version = _register(sr, ref, report)
+    accepted = report is None or report.passed
+    outcome = StageOutcome(stage.key, ref, report, accepted, version, time.monotonic() - started)
+    had_sft = parent.had_sft or (accepted and stage.method == "sft")
+    return outcome, Parent(str(sr.artefact), ref, had_sft)
+
+
+def _refuse_without_sft(stage: Stage, parent: Parent) -> None:
+    """A stage that failed its gate may have left the base model in place: what the recipe's order promised is gone."""
+    if parent.had_sft or getattr(stage.settings, "allow_without_sft", True):
+        return
+    raise RecipeError(
+        f"{stage.key} would start from {parent.ref}, a model that never had SFT: no SFT stage before it was accepted.",
+        remedy=f"Mend the SFT stage, or set {stage.method}.allow_without_sft: true.",
+    )
+
+
+def _train_and_save(sr: StageRun) -> None:
+    s = sr.settings
+    with writing(sr.place.directory):
+        sr.place.directory.mkdir(parents=True, exist_ok=True)
+    sr.say(f"starts from {sr.parent.ref}")
+    policy = load_policy(sr.parent.source, sr.options)
+    renderer = Renderer(policy.tokenizer, sr.run.template)
+    _refuse_other_template(sr.parent, renderer)
+    for note in policy.notes:
+        sr.say(note)
+    started_from = weights_fingerprint(policy)
+    if sr.suite is not None:  # while the parent is loaded; its answers are needed for the verdict
+        sr.answers(sr.suite).of_loaded(policy, renderer, sr.parent.fingerprint, str(sr.parent.ref))
+    if s.adapter == "lora":
+        add_lora(policy, s.lora, seed=derive_seed(sr.seed, "adapter"))
+    held_out = [(item.id, prompt_text(item.prompt)) for item in sr.suite.items] if sr.suite else []
+    method = MethodStage(policy, renderer, sr.run.recipe.resolve, sr.place, sr.run.reporter, held_out)
+    result = METHODS[sr.stage.method](method, s)
+
+    def save(directory: Path) -> None:
+        save_policy(policy, directory, stop_token_ids=renderer.stop_token_ids)
+        _prove_saved(sr, policy, directory, started_from)
+
+    save_artefact(sr.artefact, _manifest(sr, renderer, result), save, sr.place.metrics)
+    sr.say(f"{result.trained.steps} steps in {duration(result.trained.seconds)}, saved as {sr.version}")
+
+
+def _refuse_other_template(parent: Parent, renderer: Renderer) -> None:
+    if not isinstance(parent.ref, ArtefactRef):
+        return
+    before = read_manifest(Path(parent.source)).template_fingerprint
+    if before != renderer.fingerprint:
+        raise RecipeError(
+            f"{parent.ref} was trained with another chat template than this stage would use "
+            f"(fingerprint {before[:12]}…, now {renderer.fingerprint[:12]}…).",
+            where=parent.source,
+            remedy="One model, one template: remove chat_template, or start from the base model.",
+        )
+
+
+def _prove_saved(sr: StageRun, policy: Policy, directory: Path, started_from: str) -> None:
+    """Before the artefact gets its name: what was written is what was trained, and is not what training began with."""
+    if why := saved_differs(policy, directory):
+        raise ArtefactError(
+            f"the saved model is not the trained one: {why}.", where=str(sr.artefact), remedy="Report this."
+        )
+    if weights_fingerprint(policy, merged=True) == started_from:
+        raise TrainingStopped(
+            f"{sr.key} ended with the very weights it started from: no step changed them, or the changes are too "
+            "small for their number format.",
+            where=str(sr.place.metrics),
+            remedy="Look at the steps there. Raise learning_rate, or set dtype: float32.",
+        )
+
+
+def _manifest(sr: StageRun, renderer: Renderer, result: StageResult) -> Manifest:
+    timeless = {k: v for k, v in result.trained.metrics.items() if "second" not in k}
+    return Manifest(
+        name=sr.run.recipe.register,
+        version=sr.version,
+        stage=sr.key,
+        method=sr.stage.method,
+        parent=sr.parent.ref,
+        recipe_fingerprint=fingerprint(sr.run.recipe.as_dict()),
+        stage_fingerprint=sr.meaning,
+        settings=sr.stage.as_dict(),
+        seed=sr.seed,
+        data={source.path: DataFile(source.sha256, source.n_read) for source in result.sources},
+        ledger=result.ledger,
+        template_fingerprint=renderer.fingerprint,
+        stop_token_ids=renderer.stop_token_ids,
+        versions=current_versions(),
+        metrics=timeless,
+        created=now_utc(),
+    )
+
+
+def _verdict(sr: StageRun, ref: ArtefactRef) -> GateReport | None:
+    """The report in the manifest; a new one where there is none, or where the gate asks for something else by now."""
+    gate = sr.settings.gate
+    if gate is None or sr.suite is None:
+        return None
+    report = read_manifest(sr.artefact).gate
+    if report is None or (report.min_gain, report.min_score) != (gate.min_gain, gate.min_score):
+        report = _judge(sr, ref, sr.suite)
+        attach_gate(sr.artefact, report)
+    sr.say(gate_line(report))
+    return report
+
+
+def _judge(sr: StageRun, child: ArtefactRef, suite: Suite) -> GateReport:
+    """Both sides on the same items. The child is loaded from disk: what is judged is what would be served."""
+    assert sr.settings.gate is not None
+    began = time.monotonic()
+    answers = sr.answers(suite)
+    before = answers.of(sr.parent.source, sr.parent.fingerprint, str(sr.parent.ref), sr.options)
+    after = answers.of(child.path, child.fingerprint, child.version, sr.options)
+    write_answers(sr.place.directory / "answers.jsonl", after)
+    seconds = round(time.monotonic() - began, 2)
+    return judge(suite, before, after, sr.settings.gate, seconds, str(sr.parent.ref), child.version)
+
+
+def _register(sr: StageRun, ref: ArtefactRef, report: GateReport | None) -> int | None:
+    """Track the stage's curves; add a registry version when its gate passed."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for entry in read_metrics(sr.place.metrics):
+        for name, value in entry.items():
+            if name != "step" and isinstance(value, int | float):
+                series.setdefault(name, []).append((entry["step"], value))
+    metrics: dict[str, Any] = dict(series)
+    if report is not None:
+        metrics |= {"gate_before": report.before.value, "gate_after": report.after.value, "gate_gain": report.gain}
+    store, name = sr.run.store, sr.run.recipe.register
+    params, tags = sr.stage.as_dict(), {"artefact": str(ref)}
+    run_id = store.log_run(sr.run.recipe.name, sr.key, key=ref.fingerprint, params=params, metrics=metrics, tags=tags)
+    if report is None or not report.passed:
+        return None
+    version = store.register(name, ref, run_id)
+    store.set_alias(name, CANDIDATE, version)
+    return version
