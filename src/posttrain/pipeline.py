@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from posttrain.gate.suites import ItemResult, Suite, load_suite
 from posttrain.methods.registry import METHODS, Stage, StageResult
 from posttrain.methods.stage import prompt_text
 from posttrain.models.adapters import add_lora
+from posttrain.models.hub import reach
 from posttrain.models.load import LoadOptions, load_policy, save_policy, saved_differs
 from posttrain.models.policy import Policy
 from posttrain.recipe import Recipe, diff, fingerprint
@@ -66,6 +68,9 @@ class StageOutcome:
     seconds: float  # 0 for a stage found finished
 
 
+OnOutcome = Callable[[StageOutcome], None]
+
+
 @dataclass(frozen=True, slots=True)
 class RunReport:
     recipe: str
@@ -85,6 +90,7 @@ class Run:
     store: ModelStore
     base_ref: BaseRef
     template: str | None
+    on_outcome: OnOutcome
     outcomes: list[StageOutcome] = field(default_factory=list)
 
     @property
@@ -92,12 +98,16 @@ class Run:
         return self.home / "runs" / self.recipe.name
 
 
-def run(recipe: Recipe, home: Path, reporter: Reporter) -> RunReport:
-    """Run or continue a recipe. Raises GateRefused where a gate said no and nothing may be promoted."""
+def run(recipe: Recipe, home: Path, reporter: Reporter, on_outcome: OnOutcome = lambda outcome: None) -> RunReport:
+    """Run or continue a recipe. Raises GateRefused where a gate said no and nothing may be promoted.
+
+    `on_outcome` hears of every stage as it ends, so that a run that is stopped can still be reported.
+    """
     started = time.monotonic()
     home = ensure_home(home)
     source = model_source(recipe, home)
-    r = Run(recipe, home, reporter, ModelStore(home), BaseRef(recipe.model, base_hash(source)), _template(recipe))
+    base = BaseRef(recipe.model, base_hash(source))
+    r = Run(recipe, home, reporter, ModelStore(home), base, _template(recipe), on_outcome)
     r.directory.mkdir(parents=True, exist_ok=True)
     _tell_changes(r)
     for warning in recipe.warnings:
@@ -143,6 +153,7 @@ def base_hash(source: str) -> str:
         return digest.hexdigest()
     from transformers import AutoConfig
 
+    reach(source)
     try:
         commit = getattr(AutoConfig.from_pretrained(source), "_commit_hash", None)
     except (OSError, ValueError) as e:
@@ -180,6 +191,7 @@ def _run_stages(r: Run, base: Parent) -> Parent:
     while i < len(stages):
         outcome, child = run_stage(r, stages[i], starts[i], attempts[i])
         r.outcomes.append(outcome)
+        r.on_outcome(outcome)
         if outcome.accepted:
             starts[i + 1 :] = [child]
             i += 1
