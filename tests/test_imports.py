@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 PACKAGE = SOURCE / "posttrain"
 
 LEVELS = [
-    {"errors", "records", "settings", "paths", "recipe"},
+    {"errors", "records", "settings", "paths", "recipe", "reporting", "seeds"},
     {"data", "models", "losses", "rewards", "registry"},
     {"rollout", "train"},
     {"methods", "gate"},
@@ -32,6 +32,8 @@ TORCH_FREE = [
     "posttrain.records",
     "posttrain.settings",
     "posttrain.paths",
+    "posttrain.reporting",
+    "posttrain.seeds",
     "posttrain.recipe",
     "posttrain.cli",
     "posttrain.cli.app",

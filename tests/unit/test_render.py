@@ -237,8 +237,8 @@ def test_both_the_template_s_end_and_the_tokenizer_s_stop_sampling(chatml: Rende
 def test_templates_that_are_missing_or_refuse_a_role() -> None:
     with pytest.raises(DataError, match=r"no chat template. Set chat_template: builtin:templates/plain.jinja"):
         Renderer(byte_tokenizer())
-    with pytest.raises(DataError, match="no chat template 'builtin:alpaca'"):
-        Renderer(byte_tokenizer(), "builtin:alpaca")
+    with pytest.raises(DataError, match="does not render an answer after its own generation prompt"):
+        Renderer(byte_tokenizer(), "a file's name instead of its text")
     renderer = Renderer(byte_tokenizer(), NO_SYSTEM)
     with pytest.raises(DataError, match=r"d:1: .*refuses the roles system, user: no system role here.*first user"):
         renderer.example(Example("d:1", (Message("system", "Be kind."), U1, A1)))
