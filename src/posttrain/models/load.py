@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from posttrain.errors import DoesNotFit, ModelError
+from posttrain.models import hub
 from posttrain.models.attention import IMPLEMENTATION, ForestUnsupported
 from posttrain.models.padded import build_padded
 from posttrain.models.policy import Policy, stock_attention
@@ -32,25 +34,32 @@ DEFAULT_OPTIONS = LoadOptions()
 
 def load_policy(source: str, options: LoadOptions = DEFAULT_OPTIONS) -> Policy:
     """Load weights and tokenizer from a directory or a Hub name. Trained weights are kept in float32."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = _compute_type(options.dtype, device)
     kept = compute if options.frozen_base else torch.float32
     _refuse_missing(source)
+    hub.reach(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=kept)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=kept, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except torch.OutOfMemoryError as e:
         raise DoesNotFit(f"{source} does not fit into this device's memory.", remedy="Use a smaller model.") from e
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise ModelError(
-            f"model {source!r} cannot be loaded: {_first_line(e)}",
+            f"model {source!r} cannot be loaded: {_first_line(e).rstrip('.')}.",
             remedy="Give a model folder, a Hub name you have access to, or builtin:tiny-base.",
         ) from e
+    _refuse_invented_weights(source, found)
     model.to(device).eval()
     model.config.use_cache = False
     policy = Policy(model, tokenizer, autocast=compute if compute != kept else None)
+    if unused := sorted(found["unexpected_keys"]):
+        policy.notes.append(f"{source} holds weights without a place in this model: {len(unused)}, e.g. {unused[0]}")
     choose_layout(policy, options.forest)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -73,6 +82,18 @@ def _refuse_missing(source: str) -> None:
     if looks_local and not path.is_dir():
         raise ModelError(
             f"model directory {source} does not exist.", remedy="Correct `model`, relative to the recipe's folder."
+        )
+
+
+def _refuse_invented_weights(source: str, found: Mapping[str, Any]) -> None:
+    """transformers fills what a file lacks, or holds in another shape, with random numbers and goes on."""
+    remedy = "Download or save it again; its config.json may also describe another model."
+    if missing := found["missing_keys"]:
+        raise ModelError(f"model {source!r} lacks {len(missing)} of its weights, e.g. {min(missing)}.", remedy=remedy)
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        raise ModelError(
+            f"model {source!r}: {name} has shape {tuple(there)}, but config.json describes {tuple(wanted)}.",
+            remedy=remedy,
         )
 
 
