@@ -1,8 +1,8 @@
 """Twenty steps of each method give the committed curves, and the same bits twice in a row.
 
-Tolerance: 1e-4 of a value plus 1e-5, for other CPUs add in another order, and twenty steps amplify that. A change of one
-part in ten million in the first weights moves these curves by a fiftieth of the tolerance. On one machine nothing
-moves. Where a change is meant to move a curve, `tests/golden/runs.py` says how to write it anew.
+Tolerance: 1e-4 of a value plus 1e-5, for other CPUs add in another order, and twenty steps amplify that: a change of
+one part in ten million in the first weights moves these curves by a fiftieth of it. On one machine nothing moves.
+Where a change is meant to move a curve, `tests/golden/runs.py` says how to write it anew.
 """
 
 from __future__ import annotations
