@@ -90,7 +90,7 @@ class Run:
     store: ModelStore
     base_ref: BaseRef
     template: str | None
-    on_outcome: OnOutcome
+    on_outcome: OnOutcome | None
     outcomes: list[StageOutcome] = field(default_factory=list)
 
     @property
@@ -98,7 +98,7 @@ class Run:
         return self.home / "runs" / self.recipe.name
 
 
-def run(recipe: Recipe, home: Path, reporter: Reporter, on_outcome: OnOutcome = lambda outcome: None) -> RunReport:
+def run(recipe: Recipe, home: Path, reporter: Reporter, on_outcome: OnOutcome | None = None) -> RunReport:
     """Run or continue a recipe. Raises GateRefused where a gate said no and nothing may be promoted.
 
     `on_outcome` hears of every stage as it ends, so that a run that is stopped can still be reported.
@@ -191,7 +191,8 @@ def _run_stages(r: Run, base: Parent) -> Parent:
     while i < len(stages):
         outcome, child = run_stage(r, stages[i], starts[i], attempts[i])
         r.outcomes.append(outcome)
-        r.on_outcome(outcome)
+        if r.on_outcome is not None:
+            r.on_outcome(outcome)
         if outcome.accepted:
             starts[i + 1 :] = [child]
             i += 1
