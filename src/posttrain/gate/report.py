@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from posttrain.records import GateReport, Interval, Measured
+from posttrain.reporting import duration
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,13 +76,26 @@ def row(report: GateReport) -> tuple[str, ...]:
     return (report.suite, share(report.before), share(report.after), points, verdict(report))
 
 
-def table(reports: Sequence[GateReport]) -> Table:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Judged:
+    """A stage of a run as the table shows it; `report` is None for a stage without a gate."""
+
+    stage: str
+    report: GateReport | None
+    seconds: float
+
+
+def table(stages: Sequence[Judged]) -> Table:
     """All gates of a run, before → after with 95 % intervals."""
+    from rich import box
     from rich.table import Table
 
-    found = Table(*COLUMNS, title="Gates: parent → child on the same held-out items, 95 % intervals", title_style="")
-    for report in reports:
-        found.add_row(*row(report), style="" if report.passed else "red")
+    title = "Gates: parent → child on the same held-out items, 95 % intervals"
+    found = Table("stage", *COLUMNS, "time", title=title, title_style="", title_justify="left", box=box.SIMPLE_HEAD)
+    for stage in stages:
+        cells = row(stage.report) if stage.report else ("no gate", *("" for _ in COLUMNS[1:]))
+        refused = stage.report is not None and not stage.report.passed
+        found.add_row(stage.stage, *cells, duration(stage.seconds), style="red" if refused else "")
     return found
 
 
