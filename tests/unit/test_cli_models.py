@@ -208,7 +208,7 @@ BAD_INPUT = [
 ]
 
 
-@pytest.mark.parametrize(("words", "code", "message"), BAD_INPUT, ids=lambda value: None)
+@pytest.mark.parametrize(("words", "code", "message"), BAD_INPUT, ids=[" ".join(words) for words, _, _ in BAD_INPUT])
 def test_bad_input_is_a_sentence_and_an_exit_code(
     words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -199,7 +199,11 @@ def test_table_and_model_card_show_every_gate() -> None:
 
     passed = verdict(results(shares(3)), results(shares(96)))
     refused = verdict(results(shares(3)), results([*shares(3)[:-2], None, None]))
+<<<<<<< HEAD
     console = Console(width=200, record=True, file=io.StringIO())
+=======
+    console = Console(width=80, record=True, file=io.StringIO())
+>>>>>>> h-cli
     stages = [
         reports.Judged("1-sft", passed, 61.0),
         reports.Judged("2-dpo", refused, 5.0),
@@ -207,14 +211,17 @@ def test_table_and_model_card_show_every_gate() -> None:
     ]
     console.print(reports.table(stages))
     shown = console.export_text()
-    assert "1 min 01 s" in shown
     assert "no gate" in shown
     card = reports.markdown([passed, refused])
     for text in (shown, card):
-        assert "3/100 (3.0 %, 1.0–8.5)" in text
-        assert "96/100 (96.0 %, 90.2–98.4)" in text
         assert "passed" in text
         assert "refused" in text
+    assert "…" not in shown, "nothing is cut at 80 columns"
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert any(line.startswith("1-sft 3/100 (3.0 %) 96/100 (96.0 %) +93.0") for line in lines)
+    assert any(line.startswith("arith 1.0–8.5 90.2–98.4 [") and line.endswith("1 min 01 s") for line in lines)
+    assert "3/100 (3.0 %, 1.0–8.5)" in card
+    assert "96/100 (96.0 %, 90.2–98.4)" in card
     assert "base@1 → sft@1" in card
     assert "2 child checker failed" in card
     assert card.count("\n|") == 3

@@ -56,12 +56,13 @@ def demo(words: Overrides = None, seed: SeedOption = None, home: HomeOption = No
 
 
 def _introduce(recipe: Recipe, folder: Path) -> None:
-    typer.echo(f"{recipe.model} is a base model: it continues text, it does not answer. Now, in {TAKES}, it")
+    typer.echo(f"{recipe.model} is a base model: it continues text, it does not answer.")
+    typer.echo(f"Now, in {TAKES}, it")
     for stage in recipe.stages:
         gate = stage.settings.gate
         judged = f"gate {gate.suite.removeprefix(paths.BUILTIN)}" if gate else "no gate"
         typer.echo(f"  {stage.key:8}{WHAT_IT_DOES[stage.method]} ({judged})")
-    typer.echo("Each stage is judged against the one before on held-out questions, and promoted only if it is better.")
+    typer.echo("Each stage must beat the one before on held-out questions, or it is not promoted.")
     typer.echo(f"All files: {folder}. Ctrl-C saves; the same command goes on.\n")
 
 

@@ -56,8 +56,7 @@ def line(report: GateReport) -> str:
 
 
 def share(m: Measured) -> str:
-    numerator = f"{m.numerator:.0f}" if m.numerator == int(m.numerator) else f"{m.numerator:.1f}"
-    return f"{numerator}/{m.denominator} ({100 * m.value:.1f} %, {_range(m.interval)})"
+    return f"{_counted(m)[:-1]}, {_range(m.interval)})"
 
 
 def gain(report: GateReport) -> str:
@@ -86,17 +85,32 @@ class Judged:
 
 
 def table(stages: Sequence[Judged]) -> Table:
-    """All gates of a run, before → after with 95 % intervals."""
+    """All gates of a run, before → after with 95 % intervals; two lines a stage, so that it fits 80 columns."""
     from rich import box
     from rich.table import Table
 
     title = "Gates: parent → child on the same held-out items, 95 % intervals"
-    found = Table("stage", *COLUMNS, "time", title=title, title_style="", title_justify="left", box=box.SIMPLE_HEAD)
+    found = Table(title=title, title_style="", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("stage\nsuite", "before", "after", "gain (points)", "verdict\ntime"):
+        found.add_column(column, overflow="fold")
     for stage in stages:
-        cells = row(stage.report) if stage.report else ("no gate", *("" for _ in COLUMNS[1:]))
-        refused = stage.report is not None and not stage.report.passed
-        found.add_row(stage.stage, *cells, duration(stage.seconds), style="red" if refused else "")
+        found.add_row(*_cells(stage), style="red" if stage.report and not stage.report.passed else "")
     return found
+
+
+def _cells(stage: Judged) -> tuple[str, ...]:
+    took = duration(stage.seconds)
+    if stage.report is None:
+        return (stage.stage, "", "", "", f"no gate\n{took}")
+    r = stage.report
+    i = r.gain_interval
+    return (
+        f"{stage.stage}\n{r.suite}",
+        f"{_counted(r.before)}\n{_range(r.before.interval)}",
+        f"{_counted(r.after)}\n{_range(r.after.interval)}",
+        f"{100 * r.gain:+.1f}\n[{100 * i.low:.1f}, {100 * i.high:.1f}]",
+        f"{verdict(r)}\n{took}",
+    )
 
 
 def markdown(reports: Sequence[GateReport]) -> str:
@@ -113,6 +127,11 @@ def _method(report: GateReport) -> str:
     troubled = {name: n for name, n in report.counts.items() if n and not name.endswith("_scored")}
     counted = "".join(f", {n} {name.replace('_', ' ')}" for name, n in troubled.items())
     return f"({report.before.denominator} items{counted}; {report.method}.)"
+
+
+def _counted(m: Measured) -> str:
+    numerator = f"{m.numerator:.0f}" if m.numerator == int(m.numerator) else f"{m.numerator:.1f}"
+    return f"{numerator}/{m.denominator} ({100 * m.value:.1f} %)"
 
 
 def _range(interval: Interval) -> str:
