@@ -199,11 +199,7 @@ def test_table_and_model_card_show_every_gate() -> None:
 
     passed = verdict(results(shares(3)), results(shares(96)))
     refused = verdict(results(shares(3)), results([*shares(3)[:-2], None, None]))
-<<<<<<< HEAD
-    console = Console(width=200, record=True, file=io.StringIO())
-=======
     console = Console(width=80, record=True, file=io.StringIO())
->>>>>>> h-cli
     stages = [
         reports.Judged("1-sft", passed, 61.0),
         reports.Judged("2-dpo", refused, 5.0),
