@@ -159,7 +159,7 @@ def test_control_tokens_a_weak_model_writes_do_not_end_the_conversation(monkeypa
 
 def test_eval_tells_numerator_denominator_and_interval(capsys: pytest.CaptureFixture[str]) -> None:
     out = call(capsys, "eval", "a", "--suite", "words.yaml", "--out", "graded.jsonl")
-    assert out.startswith("a on words: 0/12 (0.0 %, 0.0–24.2)\n")  # Wilson, 0 of 12
+    assert out.startswith("a on words: 0/12 (0.0 %), 95 % interval 0.0–24.2 %\n")  # Wilson, 0 of 12
     assert out.endswith("Next: posttrain compare builtin:tiny-base a --suite words.yaml\n")
     graded = [json.loads(line) for line in Path("graded.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["item_id"] for row in graded] == [f"items.jsonl:{n}" for n in range(1, 13)]

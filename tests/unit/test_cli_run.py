@@ -174,7 +174,7 @@ def test_what_the_run_registered(here: Path, call: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "stdin", io.StringIO("Is 98 a number?\nIs 97 a number?\n"))
     assert call("chat", "assistant@champion").out.splitlines()[0] == "yes"
     assert call("eval", "assistant@1", "--suite", "suite.yaml").out.startswith(
-        "assistant@1 on says-yes: 20/20 (100.0 %, 83.9–100.0)\n"
+        "assistant@1 on says-yes: 20/20 (100.0 %), 95 % interval 83.9–100.0 %\n"
     )
     assert "\nB is better\n" in call("compare", "./base", "assistant", "--suite", "suite.yaml").out
     assert "\nB is worse\n" in call("compare", "assistant", "./base", "--suite", "suite.yaml").out

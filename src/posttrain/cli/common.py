@@ -99,13 +99,14 @@ def print_columns(rows: Sequence[Sequence[str]], indent: str = "  ") -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table with rules, for results that people compare; cells are plain text, a '[' in one is no markup."""
+    """A table whose first column names the row; cells are plain text, a '[' in one is no markup."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns)
-    for column in table.columns:
-        column.overflow = "fold"
+    table = Table(box=box.SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=number == 0)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     print_rich(table)

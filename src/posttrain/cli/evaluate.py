@@ -60,8 +60,6 @@ def evaluate(
         print_json(_score_as_json(found, judged, results, measured, seconds))
         return
     _show_score(found, judged, results, measured, seconds)
-    if out is not None:
-        typer.echo(f"answers  {out}")
     print_next(command_line("compare", "builtin:tiny-base", model, "--suite", suite, home=home))
 
 
@@ -140,13 +138,13 @@ def _score_as_json(
 def _show_score(
     found: Located, suite: Suite, results: Sequence[ItemResult], measured: Measured, seconds: float
 ) -> None:
-    from posttrain.gate.report import share
+    from posttrain.gate.report import score
     from posttrain.reporting import duration
 
-    typer.echo(f"{found.label} on {suite.name}: {share(measured)}")
+    typer.echo(f"{found.label} on {suite.name}: {score(measured)}")
     outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in _outcomes(results).items())
     rows = [("items", f"{measured.denominator}: {outcomes}"), ("took", duration(seconds))]
-    print_columns([*rows, ("weights", found.fingerprint)])
+    print_columns([*rows, ("fingerprint", found.fingerprint)])
 
 
 def _show_comparison(a: Located, b: Located, report: GateReport, verdict: str) -> None:

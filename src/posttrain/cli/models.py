@@ -36,7 +36,7 @@ def list_models(home: HomeOption = None, as_json: JsonOption = False) -> None:
     if not entries:
         typer.echo(f"No models are registered in {home_folder(home)}.")
         return print_next(command_line("demo", home=home))
-    rows = [(str(e), ", ".join(e.aliases), e.gate, e.created, e.fingerprint[:12]) for e in entries]
+    rows = [(str(e), "\n".join(e.aliases), e.gate, _minute(e.created), e.fingerprint[:12]) for e in entries]
     print_table(("model", "aliases", "gate", "registered", "fingerprint"), rows)
     return print_next(command_line("models", "show", str(entries[0]), home=home))
 
@@ -126,6 +126,11 @@ def _facts(entry: Entry) -> list[tuple[str, str]]:
         ("fingerprint", entry.fingerprint),
         ("registered", entry.created),
     ]
+
+
+def _minute(created: str) -> str:
+    """2026-01-02T03:04:05+00:00 to the minute; all times are UTC."""
+    return created[:16].replace("T", " ")
 
 
 def _text(value: Any) -> str:

@@ -59,6 +59,10 @@ def share(m: Measured) -> str:
     return f"{_counted(m)[:-1]}, {_range(m.interval)})"
 
 
+def score(m: Measured) -> str:
+    return f"{_counted(m)}, 95 % interval {_range(m.interval)} %"
+
+
 def gain(report: GateReport) -> str:
     i = report.gain_interval
     return f"{100 * report.gain:+.1f} points [{100 * i.low:.1f}, {100 * i.high:.1f}]"
