@@ -27,7 +27,7 @@ from posttrain.data.hygiene import overlaps  # noqa: E402
 
 ASSETS = ROOT / "src" / "posttrain" / "assets"
 STEPS = (2, 2, 3)  # how many changes a problem has
-COUNTED_SHARE = 0.4  # of the SFT teachers count step by step
+COUNTED_SHARE = 0.35  # of the SFT teachers count step by step
 FILLERS = ("in all", "altogether", "things", "items")
 
 
@@ -39,7 +39,7 @@ def answer(p: Problem, style: str, *, counted: bool, rng: Random) -> str:
 
 def sft_rows(rng: Random, n_problems: int, n_facts: int) -> Iterator[dict]:
     for p in problems(rng, n_problems):
-        style = rng.choices(("bare", "filler", "named"), weights=(4, 3, 3))[0]
+        style = rng.choices(("bare", "filler", "named"), weights=(40, 35, 25))[0]
         yield chat(p.question, answer(p, style, counted=rng.random() < COUNTED_SHARE, rng=rng))
     for _ in range(n_facts):
         fact = rng.choice(FACTS)
@@ -84,7 +84,7 @@ def write(name: str, rows: Iterable[dict]) -> None:
 
 def main() -> None:
     train = {
-        "sft-train.jsonl": list(sft_rows(Random("sft"), 1800, 400)),
+        "sft-train.jsonl": list(sft_rows(Random("sft"), 2400, 400)),
         "dpo-train.jsonl": list(dpo_rows(Random("dpo"), 640)),
         "grpo-train.jsonl": list(task_rows(Random("grpo"), 1600)),
     }

@@ -86,12 +86,13 @@ def make_model(vocab_size: int) -> Qwen3ForCausalLM:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, help="fewer steps, to try the machinery; default: the recipe's")
+    parser.add_argument("--pages", type=int, default=N_PAGES, help="fewer pages to read, likewise")
     parser.add_argument("--into", type=Path, default=ASSETS / "tiny-base")
     parser.add_argument("--build", type=Path, default=BUILD, help="where corpus, start and runs are kept")
     chosen = parser.parse_args()
     start = chosen.build / "start"
     start.mkdir(parents=True, exist_ok=True)
-    pages = write_corpus(chosen.build / "corpus.jsonl", N_PAGES)
+    pages = write_corpus(chosen.build / "corpus.jsonl", chosen.pages)
     tokenizer = make_tokenizer(pages[:10_000])
     make_model(len(tokenizer)).save_pretrained(start)
     tokenizer.save_pretrained(start)

@@ -12,7 +12,7 @@ import pytest
 
 from posttrain.errors import DataError, PosttrainError
 from posttrain.gate import report as reports
-from posttrain.gate.decide import judge
+from posttrain.gate.decide import compared, judge, measure, too_many_failed
 from posttrain.gate.suites import ItemResult, Suite, grade, load_suite
 from posttrain.records import Completion, GateReport, Message, Outcome, Sampling, Status, Task
 from posttrain.rewards.mix import build
@@ -199,18 +199,58 @@ def test_table_and_model_card_show_every_gate() -> None:
 
     passed = verdict(results(shares(3)), results(shares(96)))
     refused = verdict(results(shares(3)), results([*shares(3)[:-2], None, None]))
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(reports.table([passed, refused]))
+    console = Console(width=80, record=True, file=io.StringIO())
+    stages = [
+        reports.Judged("1-sft", passed, 61.0),
+        reports.Judged("2-dpo", refused, 5.0),
+        reports.Judged("x", None, 1),
+    ]
+    console.print(reports.table(stages))
     shown = console.export_text()
+    assert "no gate" in shown
     card = reports.markdown([passed, refused])
     for text in (shown, card):
-        assert "3/100 (3.0 %, 1.0–8.5)" in text
-        assert "96/100 (96.0 %, 90.2–98.4)" in text
         assert "passed" in text
         assert "refused" in text
+    assert "…" not in shown, "nothing is cut at 80 columns"
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert any(line.startswith("1-sft 3/100 (3.0 %) 96/100 (96.0 %) +93.0") for line in lines)
+    assert any(line.startswith("arith 1.0–8.5 90.2–98.4 [") and line.endswith("1 min 01 s") for line in lines)
+    assert "3/100 (3.0 %, 1.0–8.5)" in card
+    assert "96/100 (96.0 %, 90.2–98.4)" in card
     assert "base@1 → sft@1" in card
     assert "2 child checker failed" in card
     assert card.count("\n|") == 3
+
+
+# --- one model by itself, and two as equals -----------------------------------------------------------------------
+
+
+def test_one_score_counts_every_item_whatever_became_of_its_check() -> None:
+    found = measure(suite(10), results([1.0] * 6 + [0.0] * 3 + [None]))
+    assert (found.numerator, found.denominator) == (6.0, 10)
+    assert (round(found.interval.low, 3), round(found.interval.high, 3)) == (0.313, 0.832)  # Wilson, 6 of 10
+    cut = [*results(shares(5, 5)), ItemResult("items.jsonl:6", 1.0, Outcome.CUT, "text", 1)]
+    assert measure(suite(6), cut).numerator == 5.0
+    assert measure(suite(6, must_finish=False), cut).numerator == 6.0
+    assert measure(suite(2), results([0.25, 0.5])).value == 0.375
+    with pytest.raises(PosttrainError, match="not the 10 items"):
+        measure(suite(10), results(shares(3, 9)))
+
+
+def test_failed_checks_are_counted_against_a_verdict() -> None:
+    assert too_many_failed(results([1.0] * 95 + [None] * 5)) == ""
+    assert "100 checks 6 failed" in too_many_failed(results([1.0] * 94 + [None] * 6))
+
+
+def test_two_models_as_equals() -> None:
+    low, high = results(shares(20)), results(shares(60))
+    assert compared(verdict(low, high)) == "B is better"
+    assert compared(verdict(high, low)) == "B is worse"
+    assert compared(verdict(low, low)) == "no difference shown"
+    broken = results([1.0] * 80 + [None] * 20)
+    assert compared(verdict(low, broken)) == "no verdict: too many checks of B failed or ran out of time"
+    assert compared(verdict(broken, high)) == "no verdict: too many checks of A failed or ran out of time"
 
 
 # --- suites -------------------------------------------------------------------------------------------------------

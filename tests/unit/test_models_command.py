@@ -39,19 +39,19 @@ def test_list(home: Path) -> None:
     assert text.exit_code == 0
     assert "helper@1" in text.stdout
     assert "refused: arith-test" in text.stdout
-    assert text.stdout.endswith("Next: posttrain models show helper@3\n")
+    assert text.stdout.endswith(f"Next: posttrain models show helper@3 --home {home}\n")
     rows = json.loads(call(home, "list", "--json").stdout)
     assert [(row["version"], row["aliases"]) for row in rows] == [(3, []), (2, []), (1, ["champion"])]
 
 
 def test_list_of_an_empty_home_points_to_the_demo(tmp_path: Path) -> None:
-    assert call(tmp_path / "none", "list").stdout.endswith("Next: posttrain demo\n")
+    assert call(tmp_path / "none", "list").stdout.endswith(f"Next: posttrain demo --home {tmp_path / 'none'}\n")
     assert json.loads(call(tmp_path / "none", "list", "--json").stdout) == []
     assert not (tmp_path / "none").exists()
 
 
 def test_show(home: Path) -> None:
-    assert call(home, "show", "helper").stdout.endswith("Next: posttrain models lineage helper@1\n")
+    assert call(home, "show", "helper").stdout.endswith(f"Next: posttrain models lineage helper@1 --home {home}\n")
     shown = json.loads(call(home, "show", "helper@3", "--json").stdout)
     assert shown["entry"]["version"] == 3
     assert shown["manifest"]["gate"]["passed"] is False
@@ -73,7 +73,7 @@ def test_promote_and_rollback(home: Path) -> None:
     assert isinstance(refused.exception, GateRefused)
     promoted = call(home, "promote", "helper@2")
     assert promoted.stdout.startswith("helper@champion is now version 2 (passed: arith-test")
-    assert promoted.stdout.endswith("Next: posttrain chat helper@champion\n")
+    assert promoted.stdout.endswith(f"Next: posttrain chat helper@champion --home {home}\n")
     assert call(home, "promote", "helper@3", "--to", "candidate", "--force", "to look at").exit_code == 0
     assert call(home, "rollback", "helper").stdout.startswith("helper@champion is version 1 again")
     assert isinstance(call(home, "rollback", "helper").exception, ArtefactError)

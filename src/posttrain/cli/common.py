@@ -1,9 +1,10 @@
-"""What the commands share: the recipe on the command line, and how results are printed."""
+"""What the commands share: their words and options, and how results are printed."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from posttrain import paths
-from posttrain.errors import RecipeError
+from posttrain.errors import ArtefactError, RecipeError
 
 RecipeWords = Annotated[
     list[str] | None,
@@ -27,6 +28,36 @@ HomeOption = Annotated[
     str | None,
     typer.Option("--home", metavar="DIR", help="Where runs, artefacts and the registry lie; default ./posttrain-home."),
 ]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A registered NAME (its champion), NAME@ALIAS or NAME@3; a model folder; builtin:tiny-base; a Hub name.",
+        show_default=False,
+    ),
+]
+SuiteOption = Annotated[
+    str, typer.Option("--suite", metavar="FILE", help="A suite file or builtin:suites/NAME.yaml.", show_default=False)
+]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]
+TopPOption = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Share of probability to sample from.")]
+TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Sample from the K likeliest tokens; 0: from all.")]
+MaxNewTokensOption = Annotated[
+    int | None,
+    typer.Option("--max-new-tokens", min=1, help="Where an answer is cut; default 256, or the model's room."),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The same seed samples the same answers.")]
+PIPED_WIDTH = 200  # columns of a table that no terminal limits
+
+
+def home_folder(option: str | None) -> Path:
+    """The home of --home, POSTTRAIN_HOME or the default; it need not exist yet."""
+    folder = paths.home_dir(option)
+    if folder.exists() and not folder.is_dir():
+        raise ArtefactError(
+            "is a file, not a folder.", where=str(folder), remedy="Choose another home with --home or POSTTRAIN_HOME."
+        )
+    return folder
 
 
 def recipe_and_overrides(words: Sequence[str] | None, option: str | None, command: str) -> tuple[str, list[str]]:
@@ -45,9 +76,9 @@ def recipe_and_overrides(words: Sequence[str] | None, option: str | None, comman
     return recipes[0], overrides
 
 
-def command_line(command: str, recipe: str, overrides: Iterable[str]) -> str:
-    """The same recipe and overrides under another command, ready to paste."""
-    return shlex.join(["posttrain", command, recipe, *overrides])
+def command_line(*words: str, home: str | None = None) -> str:
+    """A posttrain command ready to paste; `home` is the --home option of the command that proposes it."""
+    return shlex.join(["posttrain", *words, *(["--home", home] if home else [])])
 
 
 def print_json(value: Any) -> None:
@@ -65,6 +96,27 @@ def print_columns(rows: Sequence[Sequence[str]], indent: str = "  ") -> None:
     for row in rows:
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         typer.echo((indent + line).rstrip())
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table whose first column names the row; cells are plain text, a '[' in one is no markup."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    print_rich(table)
+
+
+def print_rich(renderable: Any) -> None:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else PIPED_WIDTH
+    Console(width=width, highlight=False).print(renderable)
 
 
 def _is_override(word: str) -> bool:

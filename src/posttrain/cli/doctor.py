@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from posttrain import paths
-from posttrain.cli.common import HomeOption, JsonOption, print_columns, print_json, print_next
+from posttrain.cli.common import HomeOption, JsonOption, command_line, print_columns, print_json, print_next
 from posttrain.errors import EXIT_DOES_NOT_FIT, DoesNotFit
 
 # The lowest version of each package that is looked for; the same numbers as in pyproject.toml.
@@ -58,7 +58,7 @@ def doctor(home: HomeOption = None, as_json: JsonOption = False) -> None:
     for finding in findings:
         if not finding.ok:
             typer.echo(f"warning: {finding.what}: {finding.found}. {finding.remedy}", err=True)
-    print_next("posttrain demo")
+    print_next(command_line("demo", home=home))
 
 
 def _mark(finding: Finding) -> str:

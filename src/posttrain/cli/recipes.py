@@ -42,7 +42,7 @@ def check(words: RecipeWords = None, option: RecipeOption = None, as_json: JsonO
     print_columns([_stage_row(stage) for stage in recipe.stages])
     for warning in recipe.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    print_next(command_line("run", name, overrides))
+    print_next(command_line("run", name, *overrides))
 
 
 def explain(words: RecipeWords = None, option: RecipeOption = None, as_json: JsonOption = False) -> None:
@@ -62,7 +62,7 @@ def explain(words: RecipeWords = None, option: RecipeOption = None, as_json: Jso
         inside = [line for line in lines if _section_of(line.key, stage_keys) == section]
         typer.echo(f"\n{section}" if section else f"{name}")
         print_columns([(line.key.removeprefix(section + "."), show(line.value), line.origin) for line in inside])
-    print_next(command_line("run", name, overrides))
+    print_next(command_line("run", name, *overrides))
 
 
 def schema(as_json: JsonOption = False) -> None:

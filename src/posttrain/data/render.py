@@ -123,7 +123,7 @@ class Renderer:
         eos = self.tokenizer.eos_token
         if eos is None:
             raise DataError("the tokenizer has no end-of-text token to close plain text with.", where=row_id)
-        trunk = (Piece(self.tokenizer.bos_token or eos),)
+        trunk = (Piece(_separator(self.tokenizer)),)
         return Plan(row_id, trunk, ((Piece(text, scored=True), Piece(eos, scored=True)),))
 
     def _plan_pair(self, pair: Pair) -> Plan:
@@ -207,6 +207,34 @@ class Renderer:
                     where=row_id,
                     remedy="The model would learn another text than the data holds: change the row or the tokenizer.",
                 )
+
+
+class PlainText:
+    """For continuing text without a chat template, the way plain text is trained on: after a document separator."""
+
+    def __init__(self, tokenizer: Any, stop_token_ids: Iterable[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        known = (tokenizer.eos_token_id, *stop_token_ids)
+        self.stop_token_ids = tuple(dict.fromkeys(token for token in known if token is not None))
+
+    def prompt_ids(self, messages: Sequence[Message], where: str = "") -> tuple[int, ...]:
+        """The one message as text to be continued."""
+        if len(messages) != 1:
+            raise DataError("a conversation is no plain text.", where=where, remedy="Give the prompt as one text.")
+        text = _separator(self._tokenizer) + messages[0].content
+        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        if not ids:
+            raise DataError("an empty prompt, and this tokenizer has no document separator to begin with.", where=where)
+        return tuple(ids)
+
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """The continuation without the stop token; other special tokens are shown."""
+        text = ids[:-1] if ids and ids[-1] in self.stop_token_ids else ids
+        return self._tokenizer.decode(list(text), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _separator(tokenizer: Any) -> str:
+    return tokenizer.bos_token or tokenizer.eos_token or ""
 
 
 def _branch(pieces: Sequence[Piece], ids: dict[str, tuple[int, ...]]) -> Branch:

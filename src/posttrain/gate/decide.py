@@ -35,7 +35,7 @@ def judge(
         _check_side(suite, side, results)
     b, a = _values(suite, before, after)
     measured_before, measured_after, gain = _measure(suite, b, a)
-    reasons, passed = _verdict(suite, sides, gain, measured_after, settings)
+    reasons, passed = _verdict(sides, gain, measured_after, settings)
     return GateReport(
         suite=suite.name,
         kind=suite.kind,
@@ -59,6 +59,30 @@ def judge(
     )
 
 
+def measure(suite: Suite, results: Sequence[ItemResult]) -> Measured:
+    """One model's score by itself, over every item of the suite; a check that failed counts 0."""
+    _check_side(suite, "model", results)
+    return _share([_value(suite, r) for r in results])
+
+
+def too_many_failed(results: Sequence[ItemResult]) -> str:
+    """A sentence where more checks failed than a verdict allows, else nothing."""
+    n, failed = len(results), sum(r.outcome in _FAILED for r in results)
+    if failed <= MAX_FAILED * n:
+        return ""
+    return f"{n} checks {failed} failed or ran out of time, more than the {MAX_FAILED:.0%} that still allow a verdict."
+
+
+def compared(report: GateReport) -> str:
+    """What a report says of two models as equals: the child is B, and neither has to reach anything."""
+    n = report.before.denominator
+    for side, name in (("parent", "A"), ("child", "B")):
+        if sum(report.counts[f"{side}_{outcome.value}"] for outcome in _FAILED) > MAX_FAILED * n:
+            return f"no verdict: too many checks of {name} failed or ran out of time"
+    low, high = report.gain_interval.low, report.gain_interval.high
+    return "B is better" if low > 0.0 else "B is worse" if high < 0.0 else "no difference shown"
+
+
 def _check_side(suite: Suite, side: str, results: Sequence[ItemResult]) -> None:
     """Every item once, in order, all answered by the same weights, every value what its outcome says it is."""
     if [r.item_id for r in results] != [item.id for item in suite.items]:
@@ -75,13 +99,21 @@ def _check_side(suite: Suite, side: str, results: Sequence[ItemResult]) -> None:
 
 
 def _values(suite: Suite, before: Sequence[ItemResult], after: Sequence[ItemResult]) -> tuple[list[float], list[float]]:
-    def value(result: ItemResult) -> float:
-        unfinished = suite.must_finish and result.outcome is Outcome.CUT
-        return 0.0 if result.value is None or unfinished else result.value
-
-    b = [value(r) for r in before]
-    a = [0.0 if parent.outcome in _FAILED else value(r) for parent, r in zip(before, after, strict=True)]
+    b = [_value(suite, r) for r in before]
+    a = [0.0 if parent.outcome in _FAILED else _value(suite, r) for parent, r in zip(before, after, strict=True)]
     return b, a
+
+
+def _value(suite: Suite, result: ItemResult) -> float:
+    unfinished = suite.must_finish and result.outcome is Outcome.CUT
+    return 0.0 if result.value is None or unfinished else result.value
+
+
+def _share(values: Sequence[float]) -> Measured:
+    """Wilson's interval for right or wrong, a bootstrap where there is partial credit."""
+    total, n = sum(values), len(values)
+    whole = all(v in (0.0, 1.0) for v in values)
+    return Measured(total, n, stats.wilson(total, n) if whole else stats.bootstrap_mean(values, SEED))
 
 
 def _measure(suite: Suite, b: Sequence[float], a: Sequence[float]) -> tuple[Measured, Measured, stats.Paired]:
@@ -93,15 +125,12 @@ def _measure(suite: Suite, b: Sequence[float], a: Sequence[float]) -> tuple[Meas
         return beaten, Measured(won, n, share), stats.win_rate(outcomes)
     if {*b, *a} <= {0.0, 1.0}:
         gain = stats.paired_binary([x == 1.0 for x in b], [y == 1.0 for y in a])
-        before, after = (Measured(sum(x), len(x), stats.wilson(sum(x), len(x))) for x in (b, a))
     else:
         gain = stats.paired_mean(b, a, SEED)
-        before, after = (Measured(sum(x), len(x), stats.bootstrap_mean(x, SEED)) for x in (b, a))
-    return before, after, gain
+    return _share(b), _share(a), gain
 
 
 def _verdict(
-    suite: Suite,
     sides: Mapping[str, Sequence[ItemResult]],
     gain: stats.Paired,
     after: Measured,
@@ -109,14 +138,9 @@ def _verdict(
 ) -> tuple[list[str], bool]:
     """Plain sentences, each with its numbers; the first that speaks against the child decides."""
     against: list[str] = []
-    n = len(suite.items)
     for side, results in sides.items():
-        failed = sum(r.outcome in _FAILED for r in results)
-        if failed > MAX_FAILED * n:
-            against.append(
-                f"Of the {side}'s {n} checks {failed} failed or ran out of time, "
-                f"more than the {MAX_FAILED:.0%} that still allow a verdict."
-            )
+        if failed := too_many_failed(results):
+            against.append(f"Of the {side}'s {failed}")
     low, high = 100 * gain.interval.low, 100 * gain.interval.high
     shown = f"the gain of {100 * gain.gain:+.1f} points [{low:.1f}, {high:.1f}]"
     wanted = f"the required {100 * settings.min_gain:.1f}"

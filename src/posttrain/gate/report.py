@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from posttrain.records import GateReport, Interval, Measured
+from posttrain.reporting import duration
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,8 +56,11 @@ def line(report: GateReport) -> str:
 
 
 def share(m: Measured) -> str:
-    numerator = f"{m.numerator:.0f}" if m.numerator == int(m.numerator) else f"{m.numerator:.1f}"
-    return f"{numerator}/{m.denominator} ({100 * m.value:.1f} %, {_range(m.interval)})"
+    return f"{_counted(m)[:-1]}, {_range(m.interval)})"
+
+
+def score(m: Measured) -> str:
+    return f"{_counted(m)}, 95 % interval {_range(m.interval)} %"
 
 
 def gain(report: GateReport) -> str:
@@ -75,14 +79,42 @@ def row(report: GateReport) -> tuple[str, ...]:
     return (report.suite, share(report.before), share(report.after), points, verdict(report))
 
 
-def table(reports: Sequence[GateReport]) -> Table:
-    """All gates of a run, before → after with 95 % intervals."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Judged:
+    """A stage of a run as the table shows it; `report` is None for a stage without a gate."""
+
+    stage: str
+    report: GateReport | None
+    seconds: float
+
+
+def table(stages: Sequence[Judged]) -> Table:
+    """All gates of a run, before → after with 95 % intervals; two lines a stage, so that it fits 80 columns."""
+    from rich import box
     from rich.table import Table
 
-    found = Table(*COLUMNS, title="Gates: parent → child on the same held-out items, 95 % intervals", title_style="")
-    for report in reports:
-        found.add_row(*row(report), style="" if report.passed else "red")
+    title = "Gates: parent → child on the same held-out items, 95 % intervals"
+    found = Table(title=title, title_style="", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("stage\nsuite", "before", "after", "gain (points)", "verdict\ntime"):
+        found.add_column(column, overflow="fold")
+    for stage in stages:
+        found.add_row(*_cells(stage), style="red" if stage.report and not stage.report.passed else "")
     return found
+
+
+def _cells(stage: Judged) -> tuple[str, ...]:
+    took = duration(stage.seconds)
+    if stage.report is None:
+        return (stage.stage, "", "", "", f"no gate\n{took}")
+    r = stage.report
+    i = r.gain_interval
+    return (
+        f"{stage.stage}\n{r.suite}",
+        f"{_counted(r.before)}\n{_range(r.before.interval)}",
+        f"{_counted(r.after)}\n{_range(r.after.interval)}",
+        f"{100 * r.gain:+.1f}\n[{100 * i.low:.1f}, {100 * i.high:.1f}]",
+        f"{verdict(r)}\n{took}",
+    )
 
 
 def markdown(reports: Sequence[GateReport]) -> str:
@@ -99,6 +131,11 @@ def _method(report: GateReport) -> str:
     troubled = {name: n for name, n in report.counts.items() if n and not name.endswith("_scored")}
     counted = "".join(f", {n} {name.replace('_', ' ')}" for name, n in troubled.items())
     return f"({report.before.denominator} items{counted}; {report.method}.)"
+
+
+def _counted(m: Measured) -> str:
+    numerator = f"{m.numerator:.0f}" if m.numerator == int(m.numerator) else f"{m.numerator:.1f}"
+    return f"{numerator}/{m.denominator} ({100 * m.value:.1f} %)"
 
 
 def _range(interval: Interval) -> str:

@@ -27,7 +27,7 @@ def grpo(
 ) -> LossSum:
     """Σ_B of each answer's token mean of −min(ρA, clip(ρ, 1−ε, 1+ε)A) + β·k3 (Shao et al. 2024, eq. 3).
 
-    ρ = exp(logp − old). The count is the number of answers sampled in the step.
+    ρ = exp(logp − old). The count is the number of answers with a verdict in the step, flat groups included.
     """
     ratio_N = torch.exp(logp_N - sampled.old_logp_N)
     clipped_N = ratio_N.clamp(1 - epsilon, 1 + epsilon)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -39,7 +38,3 @@ class LossSum:
 def add_metrics(into: dict[str, Mean], more: Mapping[str, Mean]) -> None:
     for name, mean in more.items():
         into[name] = into[name] + mean if name in into else mean
-
-
-def non_finite(x: Tensor) -> bool:
-    return not bool(torch.isfinite(x).all())

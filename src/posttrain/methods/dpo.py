@@ -145,7 +145,7 @@ def _question(policy: Policy, trees: Sequence[Tree]) -> str:
     """Hash of the weights asked and of everything they are asked about."""
     digest = hashlib.sha256(weights_fingerprint(policy).encode())
     for tree in trees:
-        digest.update(json.dumps([tree.id, tree.trunk_ids, [b.token_ids for b in tree.branches]]).encode())
+        digest.update(json.dumps([tree.id, tree.trunk_ids, [(b.token_ids, b.scored) for b in tree.branches]]).encode())
     return digest.hexdigest()
 
 

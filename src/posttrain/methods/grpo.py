@@ -1,7 +1,7 @@
 """Group relative policy optimisation (Shao et al. 2024).
 
     A_i = (r_i − mean r) / (std r + 1e-6)                                   within a prompt's group of answers
-    L   = Σ_answers mean_t −min(ρ A, clip(ρ, 1−ε, 1+ε) A) + β k3             ÷ answers sampled in the step
+    L   = Σ_answers mean_t −min(ρ A, clip(ρ, 1−ε, 1+ε) A) + β k3             ÷ answers with a reward in the step
 
 ρ compares with the log-probs the sampler returned. A group without spread teaches nothing: it is counted, and left
 out of the forward pass unless a KL term needs it. Answers whose checker failed have no advantage and no loss.

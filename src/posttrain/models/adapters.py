@@ -25,7 +25,7 @@ def add_lora(policy: Policy, lora: LoraSettings, *, seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         policy.adapter = get_peft_model(policy.model, config)
-    policy.model.eval()  # new layers arrive in training mode, with their dropout on
+    policy.model.train(policy.model.training)  # new layers are born in training mode, with dropout
 
 
 def lora_targets(model: nn.Module, wanted: str | list[str]) -> list[str]:

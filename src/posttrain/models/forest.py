@@ -56,6 +56,8 @@ class AttentionGroup:
         seen_RQK = depth_K <= depth_RQ1
         if window is not None:
             seen_RQK &= depth_K > depth_RQ1 - window
+            # A padded query may lie beyond every key; softmax over nothing is NaN, and NaN · 0 is NaN in its gradient.
+            seen_RQK |= ~seen_RQK.any(-1, keepdim=True)
         return seen_RQK[:, None]
 
 
@@ -120,7 +122,8 @@ def build_forest(
                 row.attend(start, len(branch.token_ids), trunk_start, n_trunk)
             else:
                 row.attend(trunk_start, n_trunk + len(branch.token_ids))
-            before = (trunk_start + n_trunk - 1, *range(start, start + len(branch.token_ids) - 1))
+            n_own = len(branch.token_ids)
+            before = (trunk_start + n_trunk - 1, *range(start, start + n_own))[:n_own]
             hidden_index += [h for h, scored in zip(before, branch.scored, strict=True) if scored]
     groups = tuple(_group(g, device) for g in _bucket(row.attention))
     laid_T = torch.cat([g.query_index_RQ.flatten()[g.valid_index] for g in groups])
@@ -183,8 +186,3 @@ def _group(rows: list[AttentionRow], device: torch.device | str) -> AttentionGro
         plain_causal=not bool(prefix.any()),
         valid_index=valid_RQ.flatten().nonzero().squeeze(1).to(device),
     )
-
-
-def unshared_tokens(trees: Sequence[Tree]) -> int:
-    """Tokens the same trees cost with a prompt copy per answer: what the forest saves is measured against this."""
-    return sum(len(t.trunk_ids) * max(1, len(t.branches)) + sum(len(b.token_ids) for b in t.branches) for t in trees)

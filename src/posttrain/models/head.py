@@ -28,14 +28,19 @@ class Head:
     scale: float = 1.0  # Granite divides, Cohere multiplies its logits
 
     def logits(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
-        """(N, V) in float32. For the sampler and the tiles below; never call it on a whole training batch."""
-        raw_NV = (hidden_ND @ self.weight_VD.to(hidden_ND.dtype).T).float()
+        """(N, V) in float32 or wider. For the sampler and the tiles below; never call it on a whole training batch."""
+        raw_NV = (hidden_ND @ self.weight_VD.to(hidden_ND.dtype).T).to(_wide(hidden_ND))
         if self.bias_V is not None:
-            raw_NV = raw_NV + self.bias_V.float()
+            raw_NV = raw_NV + self.bias_V.to(raw_NV.dtype)
         raw_NV = raw_NV * self.scale
         if self.softcap is not None:
             raw_NV = self.softcap * torch.tanh(raw_NV / self.softcap)
         return raw_NV / temperature
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Sums over a vocabulary are kept in float32; float64 stays what it is."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def head_of(model: nn.Module) -> Head:
@@ -78,7 +83,7 @@ class _Score(torch.autograd.Function):
     def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, softcap, scale, temperature):  # type: ignore[no-untyped-def]
         head = Head(weight_VD, bias_V, softcap, scale)
         n = hidden_ND.shape[0]
-        logp_N = hidden_ND.new_empty(n, dtype=torch.float32)
+        logp_N = hidden_ND.new_empty(n, dtype=_wide(hidden_ND))
         entropy_N = torch.empty_like(logp_N)
         needs_hidden = ctx.needs_input_grad[0]
         slope_ND = torch.empty_like(hidden_ND) if needs_hidden else None  # d logp / d hidden
@@ -106,14 +111,15 @@ class _Score(torch.autograd.Function):
         if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             return grad_hidden, None, None, None, None, None, None
         head = Head(weight_VD, bias_V, softcap, scale)
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
-        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None else None
+        wide = _wide(hidden_ND)
+        grad_weight = torch.zeros_like(weight_VD, dtype=wide)
+        grad_bias = torch.zeros_like(bias_V, dtype=wide) if bias_V is not None else None
         for tile in _tiles(hidden_ND.shape[0], weight_VD.shape[0]):
             logit = head.logits(hidden_ND[tile], temperature)
             target = target_N[tile][:, None]
             d_raw = logit.softmax(-1).neg_().scatter_add_(1, target, torch.ones_like(target, dtype=logit.dtype))
             d_raw = d_raw * _squash_gradient(logit, head, temperature) * grad_N[tile][:, None]
-            grad_weight.addmm_(d_raw.T.to(hidden_ND.dtype).float(), hidden_ND[tile].float())
+            grad_weight.addmm_(d_raw.T.to(hidden_ND.dtype).to(wide), hidden_ND[tile].to(wide))
             if grad_bias is not None:
                 grad_bias += d_raw.sum(0)
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 
 from posttrain.errors import DoesNotFit, ModelError
+from posttrain.models import hub
 from posttrain.models.attention import IMPLEMENTATION, ForestUnsupported
+from posttrain.models.padded import build_padded
 from posttrain.models.policy import Policy, stock_attention
 from posttrain.records import Branch, Tree
 
@@ -31,25 +34,32 @@ DEFAULT_OPTIONS = LoadOptions()
 
 def load_policy(source: str, options: LoadOptions = DEFAULT_OPTIONS) -> Policy:
     """Load weights and tokenizer from a directory or a Hub name. Trained weights are kept in float32."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = _compute_type(options.dtype, device)
     kept = compute if options.frozen_base else torch.float32
     _refuse_missing(source)
+    hub.reach(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=kept)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=kept, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except torch.OutOfMemoryError as e:
         raise DoesNotFit(f"{source} does not fit into this device's memory.", remedy="Use a smaller model.") from e
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise ModelError(
-            f"model {source!r} cannot be loaded: {_first_line(e)}",
+            f"model {source!r} cannot be loaded: {_first_line(e).rstrip('.')}.",
             remedy="Give a model folder, a Hub name you have access to, or builtin:tiny-base.",
         ) from e
+    _refuse_invented_weights(source, found)
     model.to(device).eval()
     model.config.use_cache = False
     policy = Policy(model, tokenizer, autocast=compute if compute != kept else None)
+    if unused := sorted(found["unexpected_keys"]):
+        policy.notes.append(f"{source} holds weights without a place in this model: {len(unused)}, e.g. {unused[0]}")
     choose_layout(policy, options.forest)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -75,12 +85,25 @@ def _refuse_missing(source: str) -> None:
         )
 
 
+def _refuse_invented_weights(source: str, found: Mapping[str, Any]) -> None:
+    """transformers fills what a file lacks, or holds in another shape, with random numbers and goes on."""
+    remedy = "Download or save it again; its config.json may also describe another model."
+    if missing := found["missing_keys"]:
+        raise ModelError(f"model {source!r} lacks {len(missing)} of its weights, e.g. {min(missing)}.", remedy=remedy)
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        raise ModelError(
+            f"model {source!r}: {name} has shape {tuple(there)}, but config.json describes {tuple(wanted)}.",
+            remedy=remedy,
+        )
+
+
 def _first_line(e: Exception) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
 def choose_layout(policy: Policy, forest: str) -> None:
     """Decide between forest and padded rows by a parity probe; a fallback is noted on the policy, never silent."""
+    refuse_other_head(policy)
     stock = policy.model.config._attn_implementation
     if forest == "off":
         policy.layout = "padded"
@@ -99,6 +122,23 @@ def choose_layout(policy: Policy, forest: str) -> None:
     policy.notes.append(
         f"forest off for {policy.model.config.model_type} ({reason}); prompts are recomputed per answer"
     )
+
+
+@torch.no_grad()
+def refuse_other_head(policy: Policy) -> None:
+    """Both layouts compute log-probs with our own output layer, so a model that does more in its own is caught here."""
+    batch = build_padded(_probe_trees(policy.model.config.vocab_size), policy.device)
+    real = batch.mask_BL.flatten().bool()
+    with policy.compute(), stock_attention(policy.model):
+        stock = policy.model(input_ids=batch.token_ids_BL, attention_mask=batch.mask_BL).logits.flatten(0, 1)[real]
+    ours = policy.head.logits(policy.hidden(batch)[real])
+    gap = float((ours.log_softmax(-1) - stock.float().log_softmax(-1)).abs().max())
+    if gap > PROBE_TOLERANCE[policy.autocast or policy.model.dtype]:
+        raise ModelError(
+            f"{policy.model.config.model_type} makes its logits in a way this version does not know: "
+            f"log-probs differ by {gap:.2g} from the model's own.",
+            remedy="Use a model of another architecture.",
+        )
 
 
 @torch.no_grad()
@@ -199,5 +239,7 @@ def weights_fingerprint(policy: Policy, *, frozen_only: bool = False, merged: bo
         if name in trained:
             continue
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )  # a scalar has no bytes view
     return digest.hexdigest()

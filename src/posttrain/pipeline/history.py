@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from posttrain.registry.store import ModelStore
 from posttrain.reporting import Reporter
 from posttrain.settings import Retry, RetryPolicy
 
+OnOutcome = Callable[[StageOutcome], None]
+
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
@@ -27,8 +30,11 @@ class RunReport:
     seconds: float
 
 
-def run(recipe: Recipe, home: Path, reporter: Reporter) -> RunReport:
-    """Run or continue a recipe. Raises GateRefused where a gate said no and nothing may be promoted."""
+def run(recipe: Recipe, home: Path, reporter: Reporter, on_outcome: OnOutcome | None = None) -> RunReport:
+    """Run or continue a recipe. Raises GateRefused where a gate said no and nothing may be promoted.
+
+    `on_outcome` hears of every stage as it ends, so that a run that is stopped can still be reported.
+    """
     started = time.monotonic()
     home = ensure_home(home)
     r = Run(recipe, home, reporter, ModelStore(home), template_of(recipe))
@@ -37,7 +43,7 @@ def run(recipe: Recipe, home: Path, reporter: Reporter) -> RunReport:
     _tell_changes(r)
     for warning in recipe.warnings:
         reporter.line(f"warning: {warning}")
-    outcomes, last = _walk(r, base_parent(recipe, home))
+    outcomes, last = _walk(r, base_parent(recipe, home), on_outcome)
     champion = _promote(r, outcomes, last)
     return RunReport(
         recipe=recipe.name,
@@ -57,7 +63,7 @@ def _tell_changes(r: Run) -> None:
     write_json_atomic(seen, now)
 
 
-def _walk(r: Run, base: Parent) -> tuple[list[StageOutcome], Parent]:
+def _walk(r: Run, base: Parent, on_outcome: OnOutcome | None) -> tuple[list[StageOutcome], Parent]:
     """Every outcome, and the last accepted model."""
     stages = r.recipe.stages
     outcomes: list[StageOutcome] = []
@@ -68,6 +74,8 @@ def _walk(r: Run, base: Parent) -> tuple[list[StageOutcome], Parent]:
     while i < len(stages):
         outcome, child = run_stage(r, stages[i], starts[i], attempts[i])
         outcomes.append(outcome)
+        if on_outcome is not None:
+            on_outcome(outcome)
         retry = None if outcome.accepted else _retry(stages[i])
         if retry is not None and sent_back[i] < retry.max:
             sent_back[i] += 1

@@ -9,6 +9,7 @@ from pathlib import Path
 from posttrain import paths
 from posttrain.errors import DataError, RecipeError
 from posttrain.gate.suites import Suite
+from posttrain.models.hub import reach
 from posttrain.recipe import Recipe, Stage, fingerprint
 from posttrain.records import ArtefactRef
 from posttrain.registry.artefact import is_artefact, load_ref
@@ -66,6 +67,7 @@ def base_hash(source: str) -> str:
         return digest.hexdigest()
     from transformers import AutoConfig
 
+    reach(source)
     try:
         commit = getattr(AutoConfig.from_pretrained(source), "_commit_hash", None)
     except (OSError, ValueError) as e:

@@ -67,7 +67,7 @@ class ForestCache:
         w_prompt, w_own = weights.split([layer.prompt_k_PhLD.shape[2], n_answer], dim=-1)
         out = torch.einsum("pghrl,phld->pghrd", w_prompt, layer.prompt_v_PhLD)
         out = out + torch.einsum("pghrc,pghcd->pghrd", w_own, own_v)
-        return out.reshape(q_SHD.shape)
+        return out.reshape(*q_SHD.shape[:2], -1)  # values may be narrower than keys
 
     def _append(self, layer: LayerCache, k_ShD: Tensor, v_ShD: Tensor) -> None:
         n_groups, n_per_group = len(self.prompt_length_P), self.n_slots_per_group
@@ -75,9 +75,9 @@ class ForestCache:
             layer.own_k_PGhCD = _grow(layer.own_k_PGhCD)
             layer.own_v_PGhCD = _grow(layer.own_v_PGhCD)
         group_P = torch.arange(n_groups, device=k_ShD.device)
-        shape = (n_groups, n_per_group, *k_ShD.shape[1:])
-        layer.own_k_PGhCD[group_P, :, :, self.answer_length_P] = k_ShD.view(shape)
-        layer.own_v_PGhCD[group_P, :, :, self.answer_length_P] = v_ShD.view(shape)
+        grid = (n_groups, n_per_group)
+        layer.own_k_PGhCD[group_P, :, :, self.answer_length_P] = k_ShD.unflatten(0, grid)
+        layer.own_v_PGhCD[group_P, :, :, self.answer_length_P] = v_ShD.unflatten(0, grid)
 
     def _seen(self, n_prompt: int, n_answer: int, window: int | None) -> Tensor:
         """(P, n_prompt + n_answer) bool: the keys a new token of each group may see."""

@@ -78,7 +78,7 @@ class LocalEngine:
         self, requests: Sequence[Request], sampling: Sampling, progress: Progress | None = None
     ) -> list[list[Completion]]:
         groups = [[Answer(i, j, seed, r.prompt_ids) for j, seed in enumerate(r.seeds)] for i, r in enumerate(requests)]
-        self._fail_overlong(groups, sampling)
+        self._fail_unusable(groups, sampling)
         waiting = deque(g for g in groups if g and g[0].status is None)
         n_all = sum(len(g) for g in groups)
         was_training = self._policy.model.training
@@ -157,16 +157,18 @@ class LocalEngine:
         per_slot = 2 * config.num_hidden_layers * n_kv * head_dim * element * sampling.max_new_tokens
         return max(1, min(self._max_slots, int(MEMORY_SHARE * _free_memory(self._policy.device) / per_slot)))
 
-    def _fail_overlong(self, groups: list[list[Answer]], sampling: Sampling) -> None:
+    def _fail_unusable(self, groups: list[list[Answer]], sampling: Sampling) -> None:
+        """Prompts that cannot be answered fail by themselves; the others go on."""
         limit = getattr(self._policy.model.config, "max_position_embeddings", None)
-        for group in groups:
-            for a in group:
-                if limit is not None and len(a.prompt_ids) + sampling.max_new_tokens > limit:
-                    a.status = Status.FAILED
-                    a.detail = (
-                        f"prompt of {len(a.prompt_ids)} tokens and {sampling.max_new_tokens} new ones "
-                        f"exceed the model's {limit} positions"
-                    )
+        for a in (a for group in groups for a in group):
+            if not a.prompt_ids:
+                a.status, a.detail = Status.FAILED, "the prompt is empty"
+            elif limit is not None and len(a.prompt_ids) + sampling.max_new_tokens > limit:
+                a.status = Status.FAILED
+                a.detail = (
+                    f"prompt of {len(a.prompt_ids)} tokens and {sampling.max_new_tokens} new ones "
+                    f"exceed the model's {limit} positions"
+                )
 
     def _completion(self, a: Answer, request: Request) -> Completion:
         assert a.status is not None

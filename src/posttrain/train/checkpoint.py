@@ -74,13 +74,14 @@ def save_weights(directory: Path, parameters: Mapping[str, nn.Parameter]) -> Non
 
 
 def load_weights(directory: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Copy stored weights into `parameters`; the names must be the same on both sides."""
+    """Copy stored weights into `parameters`; names and shapes must be the same on both sides."""
     verify(directory)
     stored = load_file(directory / WEIGHTS)
-    if stored.keys() != parameters.keys():
-        odd = sorted(stored.keys() ^ parameters.keys())
+    ours, theirs = ({(name, tuple(t.shape)) for name, t in side.items()} for side in (parameters, stored))
+    if ours != theirs:
+        name, shape = min(ours ^ theirs)
         raise ArtefactError(
-            f"holds other weights than this stage trains, first {odd[0]}.",
+            f"holds other weights than this stage trains, first {name} {list(shape)}.",
             where=str(directory),
             remedy="The model or adapter changed since: delete this directory to start the stage anew.",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,20 @@ class MetricsLog:
         write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        line = {"step": step, **{k: round(v, 8) if isinstance(v, float) else v for k, v in values.items()}}
+        line = {"step": step, **{k: _written(v) for k, v in values.items()}}
         self.lines.append(line)
         with writing(self.path), self.path.open("a") as f:
             f.write(json.dumps(line) + "\n")
 
     def last(self, name: str) -> float | None:
-        return next((line[name] for line in reversed(self.lines) if name in line), None)
+        return next((line[name] for line in reversed(self.lines) if line.get(name) is not None), None)
+
+
+def _written(value: Any) -> Any:
+    """Nine significant digits, at any size; null where nothing was measured, for NaN is not JSON."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.9g}") if math.isfinite(value) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ the number of processes can change the gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -39,6 +40,9 @@ class Evaluation:
     higher_is_better: bool
 
     def beats(self, value: float) -> bool:
+        """Anything measured beats NaN, which an evaluation without a single verdict gives."""
+        if math.isnan(value):
+            return not math.isnan(self.value)
         return self.value > value if self.higher_is_better else self.value < value
 
 

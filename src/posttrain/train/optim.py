@@ -29,7 +29,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], s: StageSettings) -> 
 def warmup_steps(s: StageSettings, n_steps: int) -> int:
     if s.warmup_steps is not None:
         return s.warmup_steps
-    return math.ceil((s.warmup_ratio or 0.0) * n_steps)
+    return math.ceil((s.warmup_ratio or 0.0) * n_steps - 1e-9)  # 0.07 · 100 is a little more than 7 in binary
 
 
 def learning_rate(step: int, n_steps: int, s: StageSettings) -> float:

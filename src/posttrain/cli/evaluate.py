@@ -1,0 +1,162 @@
+"""`posttrain eval` scores one model on a suite; `posttrain compare` judges two on the same items."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from posttrain import paths
+from posttrain.cli.common import (
+    HomeOption,
+    JsonOption,
+    ModelArgument,
+    SuiteOption,
+    command_line,
+    home_folder,
+    print_columns,
+    print_json,
+    print_next,
+)
+from posttrain.cli.open_model import Located, locate, open_model
+from posttrain.errors import RecipeError
+
+if TYPE_CHECKING:
+    from posttrain.gate.suites import ItemResult, Suite
+    from posttrain.records import GateReport, Measured
+
+OutOption = Annotated[str | None, typer.Option("--out", metavar="FILE", help="Write every graded answer, as JSONL.")]
+
+
+def evaluate(
+    model: ModelArgument,
+    suite: SuiteOption,
+    out: OutOption = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score one model on a suite, with the 95 % interval."""
+    from posttrain.gate.decide import measure, too_many_failed
+
+    judged = _suite(suite)
+    if judged.kind == "win_rate":
+        raise RecipeError(
+            f"{suite} is a win_rate suite: it says which of two models answers better.",
+            remedy=f"Name both: {command_line('compare', 'builtin:tiny-base', model, '--suite', suite, home=home)}",
+        )
+    found = locate(model, home_folder(home))
+    results, seconds = _answers(found, judged)
+    measured = measure(judged, results)
+    if out is not None:
+        from posttrain.gate.answer import write_answers
+
+        write_answers(Path(out), results)
+    if failed := too_many_failed(results):
+        typer.echo(f"warning: of the {failed} They count 0.", err=True)
+    if as_json:
+        print_json(_score_as_json(found, judged, results, measured, seconds))
+        return
+    _show_score(found, judged, results, measured, seconds)
+    print_next(command_line("compare", "builtin:tiny-base", model, "--suite", suite, home=home))
+
+
+def compare(
+    model_a: ModelArgument,
+    model_b: ModelArgument,
+    suite: SuiteOption,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let two models answer the same items: is B better than A, worse, or is no difference shown?"""
+    from posttrain.gate.decide import compared, judge
+    from posttrain.gate.report import as_dict
+    from posttrain.settings import GateSettings
+
+    judged = _suite(suite)
+    found = [locate(model, home_folder(home)) for model in (model_a, model_b)]
+    (before, seconds_a), (after, seconds_b) = (_answers(one, judged) for one in found)
+    a, b = found
+    report = judge(judged, before, after, GateSettings(suite=suite), round(seconds_a + seconds_b, 2), a.label, b.label)
+    verdict = compared(report)
+    if as_json:
+        sides = {"a": _identity(a), "b": _identity(b)}
+        print_json({**sides, "verdict": verdict, "report": as_dict(report)})
+        return
+    _show_comparison(a, b, report, verdict)
+    print_next(command_line("chat", model_b, home=home))
+
+
+def _suite(name: str) -> Suite:
+    from posttrain.gate.suites import load_suite
+
+    def resolve(path: str) -> Path:
+        return paths.resolve(path, Path.cwd())
+
+    return load_suite(resolve(name), resolve)
+
+
+def _answers(found: Located, suite: Suite) -> tuple[list[ItemResult], float]:
+    import time
+
+    from posttrain.data.render import Renderer
+    from posttrain.gate.answer import answer_suite
+    from posttrain.reporting import Reporter
+
+    opened = open_model(found)
+    assert isinstance(opened.writer, Renderer), "suites ask through the chat template"
+    started = time.monotonic()
+    results = answer_suite(opened.policy, opened.writer, suite, found.label, Reporter())
+    return results, round(time.monotonic() - started, 2)
+
+
+def _identity(found: Located) -> dict[str, str]:
+    return {"model": found.label, "fingerprint": found.fingerprint}
+
+
+def _outcomes(results: Sequence[ItemResult]) -> dict[str, int]:
+    return dict(Counter(result.outcome.value for result in results))
+
+
+def _score_as_json(
+    found: Located, suite: Suite, results: Sequence[ItemResult], measured: Measured, seconds: float
+) -> dict[str, Any]:
+    return _identity(found) | {
+        "suite": suite.name,
+        "suite_fingerprint": suite.fingerprint,
+        "score": measured.value,
+        "numerator": measured.numerator,
+        "denominator": measured.denominator,
+        "interval": [measured.interval.low, measured.interval.high],
+        "outcomes": _outcomes(results),
+        "seconds": seconds,
+    }
+
+
+def _show_score(
+    found: Located, suite: Suite, results: Sequence[ItemResult], measured: Measured, seconds: float
+) -> None:
+    from posttrain.gate.report import score
+    from posttrain.reporting import duration
+
+    typer.echo(f"{found.label} on {suite.name}: {score(measured)}")
+    outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in _outcomes(results).items())
+    rows = [("items", f"{measured.denominator}: {outcomes}"), ("took", duration(seconds))]
+    print_columns([*rows, ("fingerprint", found.fingerprint)])
+
+
+def _show_comparison(a: Located, b: Located, report: GateReport, verdict: str) -> None:
+    from posttrain.gate.report import gain, share
+    from posttrain.reporting import duration
+
+    over = "gain over even" if report.kind == "win_rate" else "gain of B"
+    rows = [
+        (f"A  {a.label}", share(report.before), a.fingerprint[:12]),
+        (f"B  {b.label}", share(report.after), b.fingerprint[:12]),
+        (over, gain(report), report.method),
+    ]
+    typer.echo(f"{report.suite}, {report.before.denominator} items, {duration(report.seconds)}")
+    print_columns(rows)
+    typer.echo(f"\n{verdict}")

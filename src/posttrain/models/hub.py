@@ -1,0 +1,41 @@
+"""transformers and the Hub client, kept quiet and quick to give up. The one place that touches their globals."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+
+def hush() -> None:
+    """No advice, no bars for what takes a moment, no telemetry. What matters of it `load_policy` checks and says.
+
+    Downloads keep their bars, and TRANSFORMERS_VERBOSITY brings the advice back.
+    """
+    import huggingface_hub.constants
+    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    logging.disable_progress_bar()  # the Hub client's as well
+    if huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        enable_progress_bars()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+        hub_logging.set_verbosity_error()
+
+
+def reach(source: str) -> None:
+    """Before a Hub name is looked up: without a network only the cache is asked, instead of a minute of retries."""
+    import huggingface_hub.constants as hub
+
+    hush()
+    if Path(source).is_dir() or hub.HF_HUB_OFFLINE or "https" in getproxies():
+        return
+    try:
+        socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, 443)
+    except OSError:
+        hub.HF_HUB_OFFLINE = True

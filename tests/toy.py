@@ -1,0 +1,134 @@
+"""The real objectives on random models and rows, ready for the real loop: no files, no tokenizer, no checkers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import VOCABULARY, random_tree, tiny_policy
+
+from posttrain.data.order import batches
+from posttrain.methods import dpo, grpo, sft
+from posttrain.methods.stage import Stage
+from posttrain.models.adapters import add_lora
+from posttrain.models.policy import Policy, disable_dropout
+from posttrain.models.reference import Reference
+from posttrain.records import Completion, Outcome, Score, Task
+from posttrain.reporting import Reporter
+from posttrain.rewards.mix import MixScore
+from posttrain.rollout.local import LocalEngine
+from posttrain.settings import DPOSettings, GRPOSettings, LoraSettings, SFTSettings, StageSettings
+from posttrain.train.loop import Place, Trained, train
+
+SEED = 5
+N_ROWS = 12
+QUIET = Reporter(quiet=True)
+COMMON: dict[str, Any] = {
+    "datasets": [{"path": "nothing-is-read"}],
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "save_steps": 1,
+}
+# Adam divides by the gradient's size; this keeps a step a smooth function of gradients that rounding moves.
+SMOOTH = {"adam_epsilon": 1e-2}
+
+
+def policy_for(method: str, *, lora: bool = False, dropout: float = 0.1) -> Policy:
+    policy = tiny_policy("llama", seed=2)
+    if method != "sft":
+        disable_dropout(policy.model)
+    if lora:
+        add_lora(policy, LoraSettings(r=4, dropout=dropout), seed=SEED)
+    return policy
+
+
+def sft_objective(policy: Policy, s: SFTSettings, _place: Place) -> sft.SFTObjective:
+    trees = [random_tree(i, 2 + i % 5, 1 + 3 * (i % 4), every=0.8) for i in range(N_ROWS)]
+    held_out = [random_tree(50 + i, 4, 6) for i in range(2)]
+    return sft.SFTObjective(
+        policy, [sft.Item(t) for t in trees], [sft.Item(t) for t in held_out], _steps(s), s.micro_batch_tokens
+    )
+
+
+def dpo_objective(policy: Policy, s: DPOSettings, _place: Place) -> dpo.DPOObjective:
+    trees = [random_tree(i, 2 + i % 5, 1 + 3 * (i % 4), 2 + i % 3) for i in range(N_ROWS + 2)]
+    pairs = dpo._reference_pairs(Reference(policy), trees)
+    items = [dpo.Item(tree, *pair) for tree, pair in zip(trees, pairs, strict=True)]
+    return dpo.DPOObjective(policy, items[:N_ROWS], items[N_ROWS:], _steps(s), s)
+
+
+def grpo_objective(policy: Policy, s: GRPOSettings, place: Place) -> grpo.GRPOObjective:
+    tasks = [Task(f"task-{i}", ()) for i in range(N_ROWS + 2)]
+    return grpo.GRPOObjective(
+        stage=Stage(policy, FakeRenderer(), Path, place, QUIET, ()),  # type: ignore[arg-type]
+        settings=s,
+        tasks=tasks[:N_ROWS],
+        held_out=tasks[N_ROWS:],
+        prompts={task.id: random_tree(i, 2 + i % 5).trunk_ids for i, task in enumerate(tasks)},
+        rewards=SmallTokens(),  # type: ignore[arg-type]
+        engine=LocalEngine(policy, lambda ids: " ".join(map(str, ids))),
+        reference=Reference(policy) if s.beta > 0 else None,
+        rounds=_steps(s),
+    )
+
+
+class FakeRenderer:
+    stop_token_ids = (0, 1, 2, 3, 4, 5, 6, 7)  # answers of a random model end now and then
+
+
+class SmallTokens:
+    """Pays the share of an answer's tokens that are small numbers. Cut answers count; some answers get no verdict."""
+
+    def score(self, completions: Sequence[Completion], _tasks: Sequence[Task]) -> list[MixScore]:
+        return [MixScore(self._one(c), {}) for c in completions]
+
+    def _one(self, c: Completion) -> Score:
+        if sum(c.token_ids) % 11 == 0:
+            return Score(None, Outcome.CHECKER_FAILED, "this sum is unlucky")
+        return Score(sum(i < VOCABULARY // 2 for i in c.token_ids) / len(c.token_ids), Outcome.SCORED)
+
+
+def _steps(s: StageSettings) -> list[tuple[int, ...]]:
+    return batches(N_ROWS, s.per_device_train_batch_size, s.num_train_epochs, SEED)
+
+
+@dataclass(frozen=True)
+class Method:
+    settings: Callable[..., Any]
+    objective: Callable[[Policy, Any, Place], Any]
+
+
+def _settings(kind: type[StageSettings], **defaults: Any) -> Callable[..., Any]:
+    return lambda **changes: kind(**{**COMMON, **defaults, **changes})
+
+
+_rollouts = {"rewards": ["exact"], "num_generations": 4, "max_completion_length": 6, "max_checker_failure_rate": 1.0}
+METHODS: dict[str, Method] = {
+    "sft": Method(_settings(SFTSettings, num_train_epochs=2.0), sft_objective),
+    "dpo": Method(_settings(DPOSettings, num_train_epochs=2.0, learning_rate=1e-3), dpo_objective),
+    "grpo": Method(_settings(GRPOSettings, **_rollouts, num_train_epochs=2.0, beta=0.04), grpo_objective),
+    "grpo-2": Method(_settings(GRPOSettings, **_rollouts, num_iterations=2), grpo_objective),
+}
+
+
+def place_in(directory: Path) -> Place:
+    return Place(directory, SEED, "1-toy")
+
+
+def run(method: str, directory: Path, policy: Policy | None = None, **settings: Any) -> tuple[Policy, Trained]:
+    """Train to the end, as the pipeline does, and return what was trained."""
+    policy = policy or policy_for(method)
+    s = METHODS[method].settings(**settings)
+    objective = METHODS[method].objective(policy, s, place_in(directory))
+    return policy, train(policy, objective, s, place_in(directory), QUIET)
+
+
+def weights(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in policy.model.state_dict().items()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,0 +1,192 @@
+"""From judged answers to advantages, figures and refusals, on batches made by hand. Planted: dead reward signals,
+checkers that fail, denominators that shrink."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+
+from posttrain.errors import TrainingStopped
+from posttrain.losses.terms import Mean
+from posttrain.methods.grpo import GRPOObjective, Item
+from posttrain.records import Branch, Completion, Outcome, Score, Status, Task
+from posttrain.rewards.mix import MixScore
+from posttrain.rollout.collect import Judged, Rollout, figures, refuse_failures
+from posttrain.train.health import DEAD_STEPS, after_dead_batch
+from posttrain.train.loop import train
+from posttrain.train.metrics import read_metrics
+
+A = 0.5 / (0.5**0.5 + 1e-6)  # advantage of one of two answers that differ by 1: std √½
+
+
+def answer(value: float | None, *, n_tokens: int = 2, status: Status = Status.FINISHED, detail: str = "") -> Judged:
+    ids = tuple(range(10, 10 + n_tokens))
+    completion = Completion("r", 0, ids, (-1.0,) * n_tokens, status, 0, detail=detail)
+    outcome = Outcome.SCORED if value is not None else Outcome.CHECKER_FAILED
+    score = Score(value, outcome, detail)
+    return Judged(completion, MixScore(score, {"math": score}))
+
+
+def rollout(*answers: Judged, name: str = "r") -> Rollout:
+    return Rollout(Task(name, ()), (1, 2, 3), answers)
+
+
+def objective(directory: Path, **settings: Any) -> GRPOObjective:
+    s = toy.METHODS["grpo"].settings(**{"beta": 0.0, **settings})
+    return toy.grpo_objective(toy.policy_for("grpo"), s, toy.place_in(directory))
+
+
+CUT = answer(0.0, n_tokens=6, status=Status.CUT)
+BROKEN = answer(None, n_tokens=3, detail="boom")
+LOST = answer(None, n_tokens=1, status=Status.FAILED, detail="no logits")
+
+
+def test_figures_state_their_denominators() -> None:
+    """Seven answers: rewards 1, 0, ½ and a cut one's 0, two without verdict, one the engine lost."""
+    found = figures([rollout(answer(1.0), answer(0.0), CUT), rollout(answer(0.5), BROKEN, BROKEN, LOST)])
+    assert found == {
+        "reward": Mean(1.5, 4),  # answers with a verdict
+        "reward_math": Mean(1.5, 4),
+        "completion_tokens": Mean(2 + 2 + 6 + 2 + 3 + 3 + 1, 7),  # all answers
+        "cut_share": Mean(1, 7),
+        "engine_failed_share": Mean(1, 7),
+        "checker_failed_share": Mean(2, 7),  # a lost answer is the engine's fault, not the checker's
+    }
+
+
+def test_a_step_learns_from_groups_with_spread_and_counts_every_verdict(tmp_path: Path) -> None:
+    spread = rollout(answer(1.0), answer(0.0), BROKEN, name="spread")
+    flat = rollout(answer(1.0), answer(1.0), name="flat")
+    silent = rollout(BROKEN, LOST, name="silent")
+    batch = objective(tmp_path)._credit([spread, flat, silent])
+    (item,) = batch.items
+    assert item.tree.id == "spread"
+    assert item.advantages == (pytest.approx(A), pytest.approx(-A))
+    assert item.tree.branches == (Branch((10, 11), (True, True)),) * 2
+    assert item.sampler_logps == (-1.0,) * 4
+    assert batch.count == 4
+    assert batch.metrics["zero_spread_share"] == Mean(2, 3)
+    assert batch.metrics["reward"] == Mean(3.0, 4)
+
+
+def test_a_kl_term_keeps_flat_groups_but_not_silent_ones(tmp_path: Path) -> None:
+    flat, silent = rollout(answer(1.0), answer(1.0), name="flat"), rollout(BROKEN, LOST, name="silent")
+    batch = objective(tmp_path, beta=0.1)._credit([flat, silent])
+    assert [(item.tree.id, item.advantages) for item in batch.items] == [("flat", (0.0, 0.0))]
+
+
+def test_cut_answers_score_zero_unless_they_are_masked(tmp_path: Path) -> None:
+    group = rollout(answer(1.0), answer(1.0), CUT)
+    (item,) = objective(tmp_path)._credit([group]).items
+    assert len(item.advantages) == 3
+    masked = objective(tmp_path, mask_truncated_completions=True)._credit([group])
+    assert (list(masked.items), masked.count) == ([], 2)
+
+
+def test_mismatch_is_the_k3_between_trainer_and_sampler_over_sampled_tokens(tmp_path: Path) -> None:
+    """The sampler is made to have said 0.1 less on two of five tokens: k3 = e^−0.1 + 0.1 − 1 each, over five tokens."""
+    o = objective(tmp_path)
+    tree = toy.random_tree(1, 3, 2, 3)
+    with torch.no_grad():
+        logps = o.stage.policy.score([tree])[0].logp_N.tolist()
+    item = Item(tree, (1.0, -1.0), (logps[0] - 0.1, logps[1], logps[2] - 0.1, *logps[3:]))
+    metrics = o.loss([item]).metrics
+    k3 = 0.9048374180359595 + 0.1 - 1
+    assert metrics["mismatch_k3"] == Mean(pytest.approx(2 * k3, abs=1e-6), 5)
+    assert metrics["ratio"] == Mean(pytest.approx(2 * 1.1051709180756477 + 3, abs=1e-5), 5)
+
+
+def test_on_policy_the_ratio_is_one_and_nothing_is_clipped(tmp_path: Path) -> None:
+    o = objective(tmp_path, temperature=0.7)
+    metrics = o.loss(o.batch(0).items).metrics
+    assert metrics["ratio"].value == pytest.approx(1.0, abs=1e-5)
+    assert metrics["mismatch_k3"].value == pytest.approx(0.0, abs=1e-9)
+    assert metrics["clipped_share"].total == 0
+    assert metrics["ratio"].count == sum(item.tree.n_scored for item in o.batch(0).items)
+
+
+def test_the_step_takes_its_kl_from_the_model_the_stage_started_from(tmp_path: Path) -> None:
+    policy = toy.policy_for("grpo")
+    o = toy.grpo_objective(policy, toy.METHODS["grpo"].settings(beta=0.5), toy.place_in(tmp_path))
+    items = o.batch(0).items
+    assert o.loss(items).metrics["kl_k3_to_reference"].value == pytest.approx(0, abs=1e-9)
+    with torch.no_grad():
+        policy.model.lm_head.weight.mul_(1.5)
+    assert o.loss(items).metrics["kl_k3_to_reference"].value > 1e-3
+
+
+# --- failures ----------------------------------------------------------------------------------------------------
+
+
+def test_failed_checkers_stop_the_run_above_the_ceiling_only() -> None:
+    answers = [answer(1.0)] * 8 + [BROKEN] * 2
+    refuse_failures([rollout(*answers)], 0.2)
+    with pytest.raises(TrainingStopped) as stopped:
+        refuse_failures([rollout(*answers)], 0.19)
+    assert "the checker failed on 2 of 10 answers (20%)" in stopped.value.what
+    assert "The first said: boom" in stopped.value.what
+
+
+def test_a_failing_engine_is_told_from_a_failing_checker() -> None:
+    with pytest.raises(TrainingStopped, match=r"the engine failed on 1 of 2 answers \(50%\).*no logits"):
+        refuse_failures([rollout(answer(1.0), LOST)], 0.1)
+
+
+def test_the_loop_stops_before_it_learns_from_the_rest(tmp_path: Path) -> None:
+    policy = toy.policy_for("grpo")
+    s = toy.METHODS["grpo"].settings(max_checker_failure_rate=0.01)
+    before = toy.weights(policy)
+    o = toy.grpo_objective(policy, s, toy.place_in(tmp_path))
+    with pytest.raises(TrainingStopped, match=r"the checker failed on .* this sum is unlucky"):
+        train(policy, o, s, toy.place_in(tmp_path), toy.QUIET)
+    assert toy.same_bits(toy.weights(policy), before)
+
+
+# --- dead signals ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reward", "cut", "cause", "remedy"),
+    [
+        (0.0, 0.97, "97% of the answers were cut before they ended", "Raise max_completion_length."),
+        (1.0, 0.0, "every answer is already right", "Give harder prompts."),
+        (0.0, 0.5, "no answer earned anything", "Run SFT on this format first"),
+        (0.5, 0.0, "all answers of a group earn the same", "Raise temperature or num_generations."),
+    ],
+)
+def test_a_dead_signal_names_its_cause_and_what_to_change(reward: float, cut: float, cause: str, remedy: str) -> None:
+    metrics = {"reward": Mean(reward, 1), "cut_share": Mean(cut, 1)}
+    after_dead_batch(DEAD_STEPS - 1, metrics)
+    with pytest.raises(TrainingStopped, match=f"for {DEAD_STEPS} batches no group had two different rewards") as dead:
+        after_dead_batch(DEAD_STEPS, metrics)
+    assert cause in dead.value.what
+    assert dead.value.remedy.startswith(remedy)
+
+
+class Constant(toy.SmallTokens):
+    def _one(self, c: Completion) -> Score:
+        del c
+        return Score(0.3, Outcome.SCORED)
+
+
+def test_the_watchdog_counts_through_a_restart_and_the_weights_stay(tmp_path: Path) -> None:
+    """Five flat batches stop the run, also when it was killed before the fourth. Skipped steps are logged."""
+    policy = toy.policy_for("grpo")
+    before = toy.weights(policy)
+    s = toy.METHODS["grpo"].settings(beta=0.0)
+    for rounds, stop in ((3, IndexError), (6, TrainingStopped)):  # with three rounds only, the process dies
+        o = Six(**vars(toy.grpo_objective(policy, s, toy.place_in(tmp_path))))
+        o.rewards, o.rounds = Constant(), o.rounds[:rounds]  # type: ignore[assignment]
+        with pytest.raises(stop):
+            train(policy, o, s, toy.place_in(tmp_path), toy.QUIET)
+    assert toy.same_bits(toy.weights(policy), before)
+    logged = [(line["step"], line["zero_spread_share"]) for line in read_metrics(toy.place_in(tmp_path).metrics)]
+    assert logged == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0)]
+
+
+class Six(GRPOObjective):
+    n_steps = 6  # type: ignore[assignment]

@@ -1,0 +1,147 @@
+"""Scored log-probs must be those of a plain log-softmax, gradients included. Planted: a head that does more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import HEADS, mixed_trees, stock_logps, tiny_policy
+from torch import Tensor
+
+from posttrain.errors import ModelError
+from posttrain.models import head as head_module
+from posttrain.models.head import Head, score
+from posttrain.models.load import choose_layout
+
+N, D, V = 7, 5, 11
+VARIANTS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 1.5},
+    "scale": {"scale": 0.25},
+    "all": {"bias": True, "softcap": 2.0, "scale": 3.0},
+}
+
+
+def inputs(dtype: torch.dtype, *, bias: bool = False, **constants: float) -> tuple[Tensor, Tensor, Head]:
+    g = torch.Generator().manual_seed(3)
+    hidden_ND = torch.randn(N, D, generator=g, dtype=torch.float64).to(dtype)
+    weight_VD = torch.randn(V, D, generator=g, dtype=torch.float64).to(dtype)
+    bias_V = torch.randn(V, generator=g, dtype=torch.float64).to(dtype) if bias else None
+    target_N = torch.randint(V, (N,), generator=g)
+    return hidden_ND, target_N, Head(weight_VD, bias_V, **constants)
+
+
+def naive(hidden_ND: Tensor, target_N: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor]:
+    logits = hidden_ND @ head.weight_VD.T
+    logits = (logits if head.bias_V is None else logits + head.bias_V) * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    logp_NV = (logits / temperature).log_softmax(-1)
+    return logp_NV[range(len(target_N)), target_N], -(logp_NV.exp() * logp_NV).sum(-1)
+
+
+def leaves(head: Head) -> list[Tensor]:
+    return [t.requires_grad_() for t in (head.weight_VD, head.bias_V) if t is not None]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_values_and_gradients_equal_a_plain_log_softmax(variant: str, temperature: float) -> None:
+    hidden, target, head = inputs(torch.float64, **VARIANTS[variant])
+    wrt = [hidden.requires_grad_(), *leaves(head)]
+    ours = score(hidden, target, head, temperature=temperature)
+    logp, entropy = naive(hidden, target, head, temperature)
+    torch.testing.assert_close(ours.logp_N, logp, atol=1e-12, rtol=0)
+    torch.testing.assert_close(ours.entropy_N, entropy, atol=1e-12, rtol=0)
+    weights = torch.linspace(-1, 1, N, dtype=torch.float64)
+    ours_g = torch.autograd.grad((ours.logp_N * weights).sum(), wrt)
+    naive_g = torch.autograd.grad((logp * weights).sum(), wrt)
+    for a, b in zip(ours_g, naive_g, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradcheck(variant: str) -> None:
+    hidden, target, head = inputs(torch.float64, **VARIANTS[variant])
+    wrt = [hidden.requires_grad_(), *leaves(head)]
+
+    def f(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return score(hidden, target, Head(weight, bias, head.softcap, head.scale), temperature=0.8).logp_N
+
+    assert torch.autograd.gradcheck(f, wrt)
+
+
+def test_worked_by_hand() -> None:
+    """h = (1, 0), W = ((ln 2, 0), (0, 5), (ln 5, 7)): logits ln 2, 0, ln 5, so p = 2/8, 1/8, 5/8.
+
+    Target 2: logp = ln(5/8). Entropy = ¼ ln 4 + ⅛ ln 8 + ⅝ ln 1.6. d logp/dh = W₂ − Σ p W: x: ln 5 − (¼ ln 2 + ⅝ ln 5).
+    """
+    ln = lambda x: torch.log(torch.tensor(float(x), dtype=torch.float64))  # noqa: E731
+    weight = torch.tensor([[0, 0], [0, 5], [0, 7]], dtype=torch.float64)
+    weight[0, 0], weight[2, 0] = ln(2), ln(5)
+    hidden = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    scored = score(hidden, torch.tensor([2]), Head(weight))
+    torch.testing.assert_close(scored.logp_N[0], ln(5 / 8))
+    torch.testing.assert_close(scored.entropy_N[0], ln(4) / 4 + ln(8) / 8 + 5 / 8 * ln(1.6))
+    scored.logp_N.sum().backward()
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad[0, 0], ln(5) - (ln(2) / 4 + 5 / 8 * ln(5)))
+
+
+@pytest.mark.parametrize("logits_per_tile", [1, V, 3 * V + 1])
+def test_small_tiles_give_what_one_tile_gives(monkeypatch: pytest.MonkeyPatch, logits_per_tile: int) -> None:
+    results = []
+    for tile in (head_module.TILE, logits_per_tile):
+        monkeypatch.setattr(head_module, "TILE", tile)
+        hidden, target, head = inputs(torch.float32, **VARIANTS["all"])
+        wrt = [hidden.requires_grad_(), *leaves(head)]
+        scored = score(hidden, target, head)
+        results.append([scored.logp_N, scored.entropy_N, *torch.autograd.grad(scored.logp_N.square().sum(), wrt)])
+    assert len(head_module._tiles(N, V)) > 1
+    for one, many in zip(*results, strict=True):
+        torch.testing.assert_close(many, one, atol=1e-5, rtol=1e-6)
+
+
+def test_a_frozen_head_gives_the_same_gradient_to_the_hidden_states() -> None:
+    grads = []
+    for trains in (True, False):
+        hidden, target, head = inputs(torch.float64, **VARIANTS["all"])
+        if trains:
+            leaves(head)
+        hidden.requires_grad_()
+        score(hidden, target, head).logp_N.square().sum().backward()
+        assert (head.weight_VD.grad is not None) == trains
+        grads.append(hidden.grad)
+    torch.testing.assert_close(grads[0], grads[1], atol=0, rtol=0)
+
+
+def test_bfloat16_is_summed_in_float32() -> None:
+    """2048 equal logits: p = 1/2048 each. Summed in bfloat16 (8 bits), the normaliser would stop growing at 256."""
+    hidden = torch.ones(1, 4, dtype=torch.bfloat16)
+    scored = score(hidden, torch.tensor([5]), Head(torch.zeros(2048, 4, dtype=torch.bfloat16)))
+    assert scored.logp_N.dtype == torch.float32
+    assert float(scored.logp_N) == pytest.approx(-7.6246189861593985, abs=1e-6)  # -ln 2048
+    assert float(scored.entropy_N) == pytest.approx(7.6246189861593985, abs=1e-5)
+
+
+def test_no_scored_position_is_no_error() -> None:
+    _, _, head = inputs(torch.float32)
+    scored = score(torch.zeros(0, D, requires_grad=True), torch.zeros(0, dtype=torch.long), head)
+    scored.logp_N.sum().backward()
+    assert scored.logp_N.shape == (0,)
+
+
+@pytest.mark.parametrize("arch", HEADS)
+def test_heads_with_bias_scale_and_soft_cap_equal_the_models_own_logits(arch: str) -> None:
+    policy, trees = tiny_policy(arch), mixed_trees(1)
+    with torch.no_grad():
+        ours = policy.score(trees, temperature=0.6)[0].logp_N
+        torch.testing.assert_close(ours, stock_logps(policy, trees, temperature=0.6), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("forest", ["auto", "on", "off"])
+def test_a_model_whose_head_does_more_is_refused(forest: str) -> None:
+    policy = tiny_policy("llama")
+    policy.model.lm_head.register_forward_hook(lambda _module, _inputs, logits: 2.0 * logits)
+    with pytest.raises(ModelError, match="llama makes its logits in a way this version does not know"):
+        choose_layout(policy, forest)
