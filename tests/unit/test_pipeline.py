@@ -14,7 +14,7 @@ from posttrain.gate import answer
 from posttrain.methods.registry import METHODS
 from posttrain.pipeline import RunReport
 from posttrain.pipeline import stage as pipeline_stage
-from posttrain.registry.artefact import load_ref
+from posttrain.registry.artefact import load_ref, save_artefact
 from posttrain.registry.manifest import BaseRef, read_manifest
 from posttrain.registry.store import ModelStore, lineage_of
 
@@ -169,9 +169,9 @@ def test_when_every_gate_says_no_nothing_is_promoted_and_every_reason_is_told(pl
     with pytest.raises(GateRefused, match=r"nothing was promoted\. 1-sft: .*; 2-dpo: .* does not lie above"):
         go(recipe(place, *stages), place / "home")
     assert ModelStore(place / "home").entries() == []
-    assert [read_manifest(path).parent for path in sorted((place / "home/artefacts/small").iterdir())] == [
-        BaseRef("./base", read_manifest(next((place / "home/artefacts/small").iterdir())).parent.sha256)  # type: ignore[union-attr]
-    ] * 2, "DPO starts from the base model as well"
+    parents = [read_manifest(path).parent for path in (place / "home/artefacts/small").iterdir()]
+    assert [str(parent) for parent in parents] == ["./base", "./base"], "DPO starts from the base model as well"
+    assert all(isinstance(parent, BaseRef) for parent in parents)
 
 
 def test_dpo_on_a_model_whose_sft_was_refused_is_refused(place: Path) -> None:
@@ -272,12 +272,11 @@ def test_the_same_name_and_version_with_other_content_is_refused(place: Path) ->
     """Two recipes of one name share a registry; a directory that was replaced by another model is noticed."""
     report, _ = go(recipe(place, sft(gate=gate())), place / "home")
     ours = Path(report.outcomes[0].artefact.path)
-    other, _ = go(recipe(place, sft(gate=gate(), seed_rows=0) if False else sft(gate=gate()), seed=9), place / "home")
+    other, _ = go(recipe(place, sft(gate=gate()), seed=9), place / "home")
     theirs = Path(other.outcomes[0].artefact.path)
     assert ours != theirs
-    kept = pipeline_stage.read_manifest(theirs)
     with pytest.raises(ArtefactError, match=r"A name and version mean one model for ever"):
-        pipeline_stage.save_artefact(ours, kept, lambda d: _copy_model(theirs, d), theirs / "metrics.jsonl")
+        save_artefact(ours, read_manifest(theirs), lambda d: _copy_model(theirs, d), theirs / "metrics.jsonl")
     load_ref(ours)
 
 
