@@ -392,7 +392,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint_costs_nothing_but_the_wait(
     )
     assert not [p for p in disk.rglob("*") if ".writing-" in p.name], "the half written directory still fills the disk"
     subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-    report, said = go(written, disk)
+    report, _ = go(written, disk)
     whole, _ = go(written, place / "elsewhere")
     assert report.outcomes[0].artefact.fingerprint == whole.outcomes[0].artefact.fingerprint
 
