@@ -88,6 +88,13 @@ def recipe(folder: Path, *stages: dict[str, Any], file: str = "recipe.yaml", **t
     return load_recipe(folder / file)
 
 
+def linked(material: Path, folder: Path) -> Path:
+    """A folder of its own in which everything of `material` appears; a test may replace what it likes."""
+    for entry in material.iterdir():
+        (folder / entry.name).symlink_to(entry)
+    return folder
+
+
 class Said(Reporter):
     """Keeps the lines a user would see."""
 

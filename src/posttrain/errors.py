@@ -24,6 +24,12 @@ class PosttrainError(Exception):
         self.what, self.where, self.remedy = what, where, remedy
         super().__init__(f"{where + ': ' if where else ''}{what}{' ' + remedy if remedy else ''}")
 
+    def locate(self, where: str) -> None:
+        """Say where, unless that is said: who raised it may not know the file or the stage it works for."""
+        if not self.where:
+            self.where = where
+            self.args = (f"{where}: {self}",)
+
 
 class RecipeError(PosttrainError):
     """The recipe or the command line is wrong; nothing was loaded."""

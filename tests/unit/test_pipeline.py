@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import dpo, gate, go, grpo, recipe, rows, sft, small_data, tiny_base
+from small_run import dpo, gate, go, grpo, linked, recipe, rows, sft, small_data, tiny_base
 
 from posttrain.errors import EXIT_GATE, EXIT_USAGE, ArtefactError, GateRefused, RecipeError, TrainingStopped
 from posttrain.gate import answer
@@ -33,9 +33,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def place(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for entry in material.iterdir():
-        (tmp_path / entry.name).symlink_to(entry)
-    return tmp_path
+    return linked(material, tmp_path)
 
 
 @pytest.fixture

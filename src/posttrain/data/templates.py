@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from posttrain.errors import DataError
 from posttrain.records import Message
@@ -54,6 +54,10 @@ class ChatTemplate:
         """The conversation as text; with `generation_prompt`, up to where the model begins to answer."""
         try:
             return self._remembered(messages, generation_prompt)
+        except TemplateSyntaxError as fault:
+            raise DataError(
+                f"the chat template is not Jinja: {fault.message} (line {fault.lineno}).", remedy=USE_BUILTIN
+            ) from fault
         except (TemplateError, TypeError) as fault:
             roles = [message.role for message in messages]
             remedy = f"Change the order of the roles, or the template. {USE_BUILTIN}"
@@ -145,7 +149,7 @@ def template_text(tokenizer: Any, template: str | None) -> str:
     if template is not None:
         return template
     if not isinstance(tokenizer.chat_template, str):
-        raise DataError("the tokenizer has no chat template.", remedy=USE_BUILTIN)
+        raise DataError("the tokenizer has no chat template.", where=tokenizer.name_or_path, remedy=USE_BUILTIN)
     return tokenizer.chat_template
 
 

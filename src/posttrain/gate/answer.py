@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from posttrain.data.render import Renderer
+from posttrain.errors import DataError
 from posttrain.gate.suites import ItemResult, Suite, grade
 from posttrain.models.policy import Policy
 from posttrain.records import Outcome, Request, Sampling
@@ -33,11 +34,28 @@ def answer_suite(
         Request(item.id, renderer.prompt_ids(item.prompt, item.id), (derive_seed(seed, "suite", item.id),))
         for item in suite.items
     ]
+    _refuse_beyond_positions(policy, suite, requests)
     engine = LocalEngine(policy, renderer.answer_text)
     with reporter.task(f"{label} on {suite.name}", len(requests)) as task:
         completions = [group[0] for group in engine.generate(requests, sampling, lambda done, _: task.update(done))]
     with mix.build(suite.score) as rewards:
         return grade(suite, completions, rewards)
+
+
+def _refuse_beyond_positions(policy: Policy, suite: Suite, requests: Sequence[Request]) -> None:
+    """An item the model has no room to answer would count as a failed check of every model."""
+    limit = getattr(policy.model.config, "max_position_embeddings", None)
+    longest = max(requests, key=lambda request: len(request.prompt_ids))
+    room, wanted = (limit or 0) - len(longest.prompt_ids), suite.sampling.max_new_tokens
+    if limit is not None and wanted > room:
+        raise DataError(
+            f"suite {suite.name} asks for {wanted} new tokens after a prompt of {len(longest.prompt_ids)}, and the "
+            f"model knows {limit} positions.",
+            where=longest.id,
+            remedy=f"Set sampling: {{max_new_tokens: {room}}} in the suite."
+            if room > 0
+            else "Leave out items that long.",
+        )
 
 
 def write_answers(path: Path, results: Sequence[ItemResult]) -> None:

@@ -83,7 +83,11 @@ def load_suite(path: Path, resolve: Resolve, read_tasks: ReadTasks | None = None
     settings = _read_settings(path)
     local = settings.items if settings.items.startswith("builtin:") else str(path.resolve().parent / settings.items)
     source = DatasetSettings(path=local, format="task", columns=settings.columns, limit=settings.limit)
-    items = tuple((read_tasks or _read_tasks)([source], resolve))
+    try:
+        items = tuple((read_tasks or _read_tasks)([source], resolve))
+    except PosttrainError as e:
+        e.locate(str(path))
+        raise
     if not items:
         raise DataError("the suite has no items.", where=str(path), remedy=f"{settings.items} holds no row.")
     try:

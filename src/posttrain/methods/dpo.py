@@ -27,7 +27,7 @@ from posttrain.errors import TrainingStopped
 from posttrain.losses.preference import PREFERENCE_LOSSES, PairLogp
 from posttrain.losses.terms import LossSum, Mean, add_metrics
 from posttrain.losses.tokens import per_branch_sum
-from posttrain.methods.stage import Stage, StageResult, account, counts, fit_evaluation, fit_rows
+from posttrain.methods.stage import Stage, StageResult, account, counts, fit_evaluation, fit_rows, refuse_unending
 from posttrain.models.load import weights_fingerprint
 from posttrain.models.policy import Policy, disable_dropout
 from posttrain.models.reference import Reference
@@ -105,6 +105,7 @@ def run(stage: Stage, s: DPOSettings) -> StageResult:
     stage.reporter.line(f"{stage.name}: {audit_pairs(loaded.rows)}")
     ledger, rows = account(stage, loaded, s)
     trees = fit_rows(stage, stage.renderer.pairs(rows), ledger, s)
+    refuse_unending(stage, trees)
     held_out: list[Tree] = []
     if s.eval_datasets:
         evaluation = read_pairs(s.eval_datasets, stage.resolve)

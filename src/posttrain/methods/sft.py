@@ -18,7 +18,7 @@ from posttrain.data.formats import read_examples
 from posttrain.data.order import batches
 from posttrain.losses.sft import nll
 from posttrain.losses.terms import LossSum, Mean, add_metrics
-from posttrain.methods.stage import Stage, StageResult, account, counts, fit_evaluation, fit_rows
+from posttrain.methods.stage import Stage, StageResult, account, counts, fit_evaluation, fit_rows, refuse_unending
 from posttrain.models.policy import Policy
 from posttrain.records import Tree
 from posttrain.settings import SFTSettings
@@ -73,6 +73,8 @@ def run(stage: Stage, s: SFTSettings) -> StageResult:
     loaded = read_examples(s.datasets, stage.resolve)
     ledger, rows = account(stage, loaded, s)
     trees = fit_rows(stage, stage.renderer.examples(rows, s.train_on), ledger, s)
+    if any(row.text is None for row in rows):  # long plain text is often cut, and not there to teach stopping
+        refuse_unending(stage, trees)
     held_out: list[Tree] = []
     if s.eval_datasets:
         evaluation = read_examples(s.eval_datasets, stage.resolve)

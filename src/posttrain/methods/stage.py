@@ -11,7 +11,7 @@ from posttrain.data.formats import Loaded, Source
 from posttrain.data.hygiene import overlaps, refuse_overlap
 from posttrain.data.ledger import Bucket, Ledger, fit
 from posttrain.data.render import Renderer
-from posttrain.errors import ModelError
+from posttrain.errors import DataError, ModelError
 from posttrain.models.policy import Policy
 from posttrain.records import Example, Message, Pair, Task, Tree
 from posttrain.registry.files import writing
@@ -62,12 +62,28 @@ def account(stage: Stage, loaded: Loaded[Any], s: StageSettings) -> tuple[Ledger
 
 def fit_rows(stage: Stage, trees: Sequence[Tree], ledger: Ledger, s: StageSettings) -> list[Tree]:
     """Apply max_length, close the ledger and write rows.jsonl."""
-    refuse_beyond_positions(stage.policy, s.max_length)
+    _refuse_beyond_positions(stage, s.max_length)
     kept = fit(trees, s.max_length, s.on_overflow, s.max_drop_rate, ledger)
     stage.reporter.line(f"{stage.name}: {ledger.summary()}")
     with writing(stage.place.directory):
         ledger.write(stage.place.directory / "rows.jsonl")
     return kept
+
+
+def refuse_unending(stage: Stage, trees: Sequence[Tree]) -> None:
+    """The model learns to stop only from answers that end with a token the sampler stops on, and that carries loss."""
+    stops = frozenset(stage.renderer.stop_token_ids)
+    answers = [branch for tree in trees for branch in tree.branches]
+    n_ending = sum(b.token_ids[-1] in stops and b.scored[-1] for b in answers)
+    end = stage.renderer.template.end.strip()
+    stage.reporter.line(f"{stage.name}: {n_ending:,} of {len(answers):,} answers end with {end}, where sampling stops")
+    if not n_ending:
+        raise DataError(
+            f"not one of {len(answers):,} answers ends with {end} as a token with loss, so the model would never learn "
+            "to stop.",
+            where=trees[0].id,
+            remedy="Raise max_length so that whole answers fit, or set on_overflow: drop.",
+        )
 
 
 def fit_evaluation(trees: Sequence[Tree], loaded: Loaded[Any], s: StageSettings) -> list[Tree]:
@@ -79,11 +95,12 @@ def counts(ledger: Ledger) -> dict[str, int]:
     return {str(bucket): ledger.count(bucket) for bucket in Bucket if ledger.count(bucket)}
 
 
-def refuse_beyond_positions(policy: Policy, n_tokens: int) -> None:
-    limit = getattr(policy.model.config, "max_position_embeddings", None)
+def _refuse_beyond_positions(stage: Stage, n_tokens: int) -> None:
+    limit = getattr(stage.policy.model.config, "max_position_embeddings", None)
     if limit is not None and n_tokens > limit:
         raise ModelError(
             f"max_length {n_tokens} is more than the {limit} positions this model knows.",
+            where=stage.name,
             remedy=f"Set max_length to at most {limit}.",
         )
 

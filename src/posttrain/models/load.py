@@ -62,6 +62,11 @@ def load_policy(source: str, options: LoadOptions = DEFAULT_OPTIONS) -> Policy:
         policy.notes.append(f"{source} holds weights without a place in this model: {len(unused)}, e.g. {unused[0]}")
     choose_layout(policy, options.forest)
     if options.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ModelError(
+                f"gradient_checkpointing: true, but {model.config.model_type} cannot.",
+                remedy="Remove it; a smaller micro_batch_tokens also saves memory.",
+            )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return policy
 

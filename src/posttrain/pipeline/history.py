@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.errors import GateRefused
+from posttrain.errors import GateRefused, PosttrainError, RecipeError
+from posttrain.gate.suites import Suite, load_suite
 from posttrain.pipeline.identity import Parent, base_parent, template_of
 from posttrain.pipeline.stage import Run, StageOutcome, run_stage
 from posttrain.recipe import Recipe, Stage, diff
@@ -16,7 +17,8 @@ from posttrain.records import ArtefactRef
 from posttrain.registry.files import ensure_home, write_json_atomic, writing
 from posttrain.registry.store import ModelStore
 from posttrain.reporting import Reporter
-from posttrain.settings import Retry, RetryPolicy
+from posttrain.rewards import mix
+from posttrain.settings import GRPOSettings, Retry, RetryPolicy
 
 OnOutcome = Callable[[StageOutcome], None]
 
@@ -37,13 +39,18 @@ def run(recipe: Recipe, home: Path, reporter: Reporter, on_outcome: OnOutcome | 
     """
     started = time.monotonic()
     home = ensure_home(home)
-    r = Run(recipe, home, reporter, ModelStore(home), template_of(recipe))
+    r = Run(recipe, home, reporter, ModelStore(home), template_of(recipe), _read_ahead(recipe))
     with writing(r.directory):
         r.directory.mkdir(parents=True, exist_ok=True)
     _tell_changes(r)
     for warning in recipe.warnings:
         reporter.line(f"warning: {warning}")
-    outcomes, last = _walk(r, base_parent(recipe, home), on_outcome)
+    try:
+        base = base_parent(recipe, home)
+    except PosttrainError as e:
+        e.locate(f"{recipe.path}: model")
+        raise
+    outcomes, last = _walk(r, base, on_outcome)
     champion = _promote(r, outcomes, last)
     return RunReport(
         recipe=recipe.name,
@@ -52,6 +59,21 @@ def run(recipe: Recipe, home: Path, reporter: Reporter, on_outcome: OnOutcome | 
         champion_version=champion.version if champion else None,
         seconds=time.monotonic() - started,
     )
+
+
+def _read_ahead(recipe: Recipe) -> dict[str, Suite]:
+    """Suites and rewards of every stage, before the first one trains: a fault in the last must not cost the others."""
+    suites: dict[str, Suite] = {}
+    for stage in recipe.stages:
+        s = stage.settings
+        if s.gate is not None:
+            suites[stage.key] = load_suite(recipe.resolve(s.gate.suite), recipe.resolve)
+        if isinstance(s, GRPOSettings):
+            try:
+                mix.build(s.rewards).close()
+            except RecipeError as e:
+                raise RecipeError(e.what, where=f"{recipe.path}: {stage.key}.{e.where}", remedy=e.remedy) from e
+    return suites
 
 
 def _tell_changes(r: Run) -> None:
@@ -72,7 +94,11 @@ def _walk(r: Run, base: Parent, on_outcome: OnOutcome | None) -> tuple[list[Stag
     sent_back = [0] * len(stages)  # how often each stage's gate has asked for that
     i = 0
     while i < len(stages):
-        outcome, child = run_stage(r, stages[i], starts[i], attempts[i])
+        try:
+            outcome, child = run_stage(r, stages[i], starts[i], attempts[i])
+        except PosttrainError as e:
+            e.locate(stages[i].key)
+            raise
         outcomes.append(outcome)
         if on_outcome is not None:
             on_outcome(outcome)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain.data.render import Renderer
-from posttrain.errors import ArtefactError, RecipeError, TrainingStopped
+from posttrain.errors import ArtefactError, DataError, RecipeError, TrainingStopped
 from posttrain.gate.answer import write_answers
 from posttrain.gate.decide import judge
 from posttrain.gate.report import line as gate_line
-from posttrain.gate.suites import Suite, load_suite
+from posttrain.gate.suites import Suite
 from posttrain.methods.registry import METHODS, StageResult
 from posttrain.methods.registry import Stage as MethodStage
 from posttrain.methods.stage import prompt_text
@@ -43,6 +44,7 @@ class Run:
     reporter: Reporter
     store: ModelStore
     template: str | None
+    suites: Mapping[str, Suite]  # by stage key
 
     @property
     def directory(self) -> Path:
@@ -108,7 +110,7 @@ def run_stage(r: Run, stage: Stage, parent: Parent, attempt: int) -> tuple[Stage
     """Train, save, judge and register one stage, or find that all this was done before."""
     _refuse_without_sft(stage, parent)
     started = time.monotonic()
-    suite = load_suite(r.recipe.resolve(stage.settings.gate.suite), r.recipe.resolve) if stage.settings.gate else None
+    suite = r.suites.get(stage.key)
     seed = stage_seed(r.recipe, stage, attempt)
     meaning = stage_fingerprint(r.recipe, stage, parent, suite, r.template, seed)
     sr = StageRun(r, stage, parent, suite, seed, meaning)
@@ -141,7 +143,7 @@ def _train_and_save(sr: StageRun) -> None:
         sr.place.directory.mkdir(parents=True, exist_ok=True)
     sr.say(f"starts from {sr.parent.ref}")
     policy = load_policy(sr.parent.source, sr.options)
-    renderer = Renderer(policy.tokenizer, sr.run.template)
+    renderer = _renderer(sr, policy)
     _refuse_other_template(sr.parent, renderer)
     for note in policy.notes:
         sr.say(note)
@@ -160,6 +162,14 @@ def _train_and_save(sr: StageRun) -> None:
 
     save_artefact(sr.artefact, _manifest(sr, renderer, result), save, sr.place.metrics)
     sr.say(f"{result.trained.steps} steps in {duration(result.trained.seconds)}, saved as {sr.version}")
+
+
+def _renderer(sr: StageRun, policy: Policy) -> Renderer:
+    try:
+        return Renderer(policy.tokenizer, sr.run.template)
+    except DataError as e:
+        e.locate(sr.run.recipe.chat_template or sr.parent.source)
+        raise
 
 
 def _refuse_other_template(parent: Parent, renderer: Renderer) -> None:

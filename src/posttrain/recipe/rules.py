@@ -184,6 +184,12 @@ def _no_room_for_prompt(stage: StageView) -> str | None:
     return None
 
 
+def _cut_prompts(stage: StageView) -> str | None:
+    if stage.method == "grpo" and stage.settings.on_overflow == "truncate":
+        return " = truncate: a prompt that is cut is another question. Use drop, or error."
+    return None
+
+
 def _misshapen_rewards(stage: StageView) -> str | None:
     for entry in getattr(stage.settings, "rewards", []):
         if isinstance(entry, dict) and (len(entry) != 1 or not isinstance(next(iter(entry.values())), dict)):
@@ -230,6 +236,7 @@ RULES = (
     Rule("eval_datasets", ("datasets",), _trained_on_heldout),
     Rule("max_completion_length", ("max_length",), _no_room_for_prompt),
     Rule("rewards", (), _misshapen_rewards),
+    Rule("on_overflow", (), _cut_prompts),
 )
 
 

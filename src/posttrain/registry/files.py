@@ -71,7 +71,7 @@ def ensure_home(path: Path) -> Path:
     """Create the home directory and prove that it takes a file; permission bits alone prove nothing."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        with staged(path / "probe") as scratch:
+        with staged(path / "probe", told=path) as scratch:
             _write_through(scratch / "probe", "posttrain")
     return path.resolve()
 
@@ -112,14 +112,14 @@ def write_directory(final: Path, fill: Callable[[Path], None], *, replace: bool 
 
 
 @contextmanager
-def staged(final: Path) -> Iterator[Path]:
-    """A scratch directory beside `final`, removed afterwards unless it was renamed away.
+def staged(final: Path, told: Path | None = None) -> Iterator[Path]:
+    """A scratch directory beside `final`, removed afterwards unless it was renamed away. Errors speak of `told`.
 
     It is locked while its writer lives; the kernel drops the lock of a killed one, whatever its process id was, so
     the next writer of the same name can tell its own leftovers from another's work.
     """
     prefix = f".{final.name}{WRITING}"
-    with writing(final):
+    with writing(told or final):
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(final.parent, prefix)
         directory = Path(tempfile.mkdtemp(dir=final.parent, prefix=prefix))
