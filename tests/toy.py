@@ -62,12 +62,14 @@ def dpo_objective(policy: Policy, s: DPOSettings, _place: Place) -> dpo.DPOObjec
 
 def grpo_objective(policy: Policy, s: GRPOSettings, place: Place) -> grpo.GRPOObjective:
     tasks = [Task(f"task-{i}", ()) for i in range(N_ROWS + 2)]
+    prompts = {task.id: random_tree(i, 2 + i % 5).trunk_ids for i, task in enumerate(tasks)}
     return grpo.GRPOObjective(
         stage=Stage(policy, FakeRenderer(), Path, place, QUIET, ()),  # type: ignore[arg-type]
         settings=s,
         tasks=tasks[:N_ROWS],
         held_out=tasks[N_ROWS:],
-        prompts={task.id: random_tree(i, 2 + i % 5).trunk_ids for i, task in enumerate(tasks)},
+        prompts=prompts,
+        held_out_prompts=prompts,
         rewards=SmallTokens(),  # type: ignore[arg-type]
         engine=LocalEngine(policy, lambda ids: " ".join(map(str, ids))),
         reference=Reference(policy) if s.beta > 0 else None,

@@ -137,3 +137,14 @@ def test_home_is_created_and_proven(tmp_path: Path) -> None:
     for path in (blocked, blocked / "home", Path("/proc/posttrain-home")):
         with pytest.raises(ArtefactError, match="cannot be written"):
             files.ensure_home(path)
+
+
+def test_a_directory_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
+    with (
+        files.only_one(tmp_path / "run"),
+        pytest.raises(ArtefactError, match="in use by another run of the same recipe"),
+        files.only_one(tmp_path / "run"),
+    ):
+        pass
+    with files.only_one(tmp_path / "run"):
+        pass

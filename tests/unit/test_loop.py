@@ -149,13 +149,16 @@ def test_ctrl_c_finishes_the_step_saves_and_the_next_run_goes_on(tmp_path: Path)
     assert toy.same_bits(toy.weights(again), toy.weights(whole))
 
 
-def test_a_second_ctrl_c_stops_at_once_and_one_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_stops_at_once_and_one_in_the_last_step_saves_and_stops(tmp_path: Path) -> None:
     policy, objective, s, place = build("sft", tmp_path / "twice")
     before_step(objective, 1, lambda: (interrupt(), interrupt()))
     with pytest.raises(KeyboardInterrupt):
         train(policy, objective, s, place, toy.QUIET)
     policy, objective, s, place = build("sft", tmp_path / "last")
     before_step(objective, N_STEPS - 1, interrupt)
+    with pytest.raises(Interrupted, match=f"saved after step {N_STEPS} of {N_STEPS}"):
+        train(policy, objective, s, place, toy.QUIET)
+    policy, objective, s, place = build("sft", tmp_path / "last")
     assert train(policy, objective, s, place, toy.QUIET).steps == N_STEPS
 
 

@@ -37,8 +37,10 @@ from posttrain.settings import DPOSettings
 from posttrain.train.loop import micro_batches, train
 from posttrain.train.objective import Evaluation, StepBatch
 
-# Summed log-probs of the untrained policy and its reference may differ by at most this share, or this many nats.
-SAME_SHARE, SAME_NATS = 1e-4, 1e-3
+# Summed log-probs of the untrained policy and its reference may differ by at most this share, or this many nats. They
+# were computed in other micro-batches, which rounds differently: hardly in float32, visibly in bfloat16.
+SAME_SHARE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+SAME_NATS = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class DPOObjective:
         chosen, rejected = zip(*((i.reference_chosen, i.reference_rejected) for i in items), strict=True)
         reference = PairLogp(policy.chosen_P.new_tensor(chosen), policy.rejected_P.new_tensor(rejected))
         if self._first_step:
-            _refuse_other_reference(policy, reference)
+            _refuse_other_reference(policy, reference, self.policy.autocast or self.policy.model.dtype)
         return PREFERENCE_LOSSES[self.settings.loss_type](policy, reference, beta=self.settings.beta)
 
     @torch.no_grad()
@@ -111,19 +113,27 @@ def run(stage: Stage, s: DPOSettings) -> StageResult:
         evaluation = read_pairs(s.eval_datasets, stage.resolve)
         held_out = fit_evaluation(stage.renderer.pairs(evaluation.rows), evaluation, s)
     reference = Reference(stage.policy)
-    items = ask_reference(reference, stage, [*trees, *held_out], s.micro_batch_tokens)
+    items = ask_reference(reference, stage, trees, s.micro_batch_tokens, "reference")
+    held_out_items = ask_reference(reference, stage, held_out, s.micro_batch_tokens, "reference-eval")
     steps = batches(
         len(trees), s.per_device_train_batch_size, s.num_train_epochs, stage.place.seed, max_steps=s.max_steps
     )
-    objective = DPOObjective(stage.policy, items[: len(trees)], items[len(trees) :], steps, s)
+    objective = DPOObjective(stage.policy, items, held_out_items, steps, s)
     trained = train(stage.policy, objective, s, stage.place, stage.reporter)
     reference.refuse_if_changed()
     return StageResult(trained, loaded.sources, counts(ledger))
 
 
-def ask_reference(reference: Reference, stage: Stage, trees: Sequence[Tree], token_budget: int) -> list[Item]:
-    """The reference's log-probs of every pair, from disk where the same weights were asked the same before."""
-    path = stage.place.directory / "reference.json"
+def ask_reference(
+    reference: Reference, stage: Stage, trees: Sequence[Tree], token_budget: int, name: str
+) -> list[Item]:
+    """The reference's log-probs of every pair, from disk where the same weights were asked the same before.
+
+    Training and evaluation rows are asked apart: files in different folders may give rows the same id.
+    """
+    if not trees:
+        return []
+    path = stage.place.directory / f"{name}.json"
     key = _question(stage.policy, trees)
     logps = _read(path, key)
     if logps is None:
@@ -163,10 +173,10 @@ def _pairs(logp_B: Tensor) -> PairLogp:
     return PairLogp(chosen_P, rejected_P)
 
 
-def _refuse_other_reference(policy: PairLogp, reference: PairLogp) -> None:
+def _refuse_other_reference(policy: PairLogp, reference: PairLogp, compute: torch.dtype) -> None:
     for ours, theirs in ((policy.chosen_P, reference.chosen_P), (policy.rejected_P, reference.rejected_P)):
         gap_P = (ours.detach() - theirs).abs()
-        if bool((gap_P > SAME_NATS + SAME_SHARE * theirs.abs()).any()):
+        if bool((gap_P > SAME_NATS[compute] + SAME_SHARE[compute] * theirs.abs()).any()):
             raise TrainingStopped(
                 f"before the first step the policy and its reference differ by {float(gap_P.max()):.3g} nats; "
                 "the reference is not the model this stage started from.",

@@ -22,7 +22,7 @@ from posttrain.losses.advantage import group_normalised, has_spread
 from posttrain.losses.kl import k3
 from posttrain.losses.policy import Sampled, grpo
 from posttrain.losses.terms import LossSum, Mean
-from posttrain.methods.stage import Stage, StageResult, account, counts, fit_rows
+from posttrain.methods.stage import Stage, StageResult, account, counts, fit_evaluation, fit_rows
 from posttrain.models.policy import disable_dropout
 from posttrain.models.reference import Reference
 from posttrain.records import Branch, Sampling, Status, Task, Tree
@@ -53,6 +53,7 @@ class GRPOObjective:
     tasks: Sequence[Task]
     held_out: Sequence[Task]
     prompts: Mapping[str, tuple[int, ...]]  # token ids by task id
+    held_out_prompts: Mapping[str, tuple[int, ...]]  # apart: files in different folders may give rows the same id
     rewards: mix.RewardMix
     engine: LocalEngine
     reference: Reference | None
@@ -99,13 +100,22 @@ class GRPOObjective:
         return LossSum(loss.total, {**loss.metrics, **mismatch})
 
     def evaluate(self) -> Evaluation | None:
-        """Greedy answers to the held-out prompts."""
+        """Greedy answers to the held-out prompts. An answer without a verdict counts 0: the denominator stays."""
         if not self.held_out:
             return None
         rollouts = collect(
-            self.engine, self.rewards, self.held_out, self._prompt, self._sampling(0.0), n_answers=1, seed=0
+            self.engine,
+            self.rewards,
+            self.held_out,
+            lambda task: self.held_out_prompts[task.id],
+            self._sampling(0.0),
+            n_answers=1,
+            seed=0,
         )
+        refuse_failures(rollouts, self.settings.max_checker_failure_rate)
+        reward = figures(rollouts)["reward"]
         values = {f"eval_{name}": mean.value for name, mean in figures(rollouts).items()}
+        values["eval_reward"] = reward.total / len(self.held_out)
         return Evaluation(values, values["eval_reward"], higher_is_better=True)
 
     def state(self) -> dict[str, Any]:
@@ -156,11 +166,10 @@ def run(stage: Stage, s: GRPOSettings) -> StageResult:
         loaded = read_tasks(s.datasets, stage.resolve, require_answer=False)
         ledger, rows = account(stage, loaded, s)
         prompts = {task.id: stage.renderer.prompt_ids(task.prompt, task.id) for task in rows}
-        room = Branch((0,) * s.max_completion_length, (True,) * s.max_completion_length)
-        kept = fit_rows(stage, [Tree(i, prompt, (room,)) for i, prompt in prompts.items()], ledger, s)
+        kept = fit_rows(stage, _with_room(prompts, s), ledger, s)
         fitting = {tree.id for tree in kept}
         tasks = [task for task in rows if task.id in fitting]
-        held_out = read_tasks(s.eval_datasets, stage.resolve, require_answer=False).rows if s.eval_datasets else ()
+        held_out, held_out_prompts = _held_out(stage, s)
         prove(rewards, [*tasks, *held_out])
         n_rounds = math.ceil(s.max_steps / s.num_iterations) if s.max_steps else None
         objective = GRPOObjective(
@@ -168,7 +177,8 @@ def run(stage: Stage, s: GRPOSettings) -> StageResult:
             settings=s,
             tasks=tasks,
             held_out=held_out,
-            prompts=prompts | {t.id: stage.renderer.prompt_ids(t.prompt, t.id) for t in held_out},
+            prompts=prompts,
+            held_out_prompts=held_out_prompts,
             rewards=rewards,
             engine=LocalEngine(stage.policy, stage.renderer.answer_text),
             reference=Reference(stage.policy) if s.beta > 0 else None,
@@ -180,6 +190,22 @@ def run(stage: Stage, s: GRPOSettings) -> StageResult:
     if objective.reference is not None:
         objective.reference.refuse_if_changed()
     return StageResult(trained, loaded.sources, counts(ledger))
+
+
+def _with_room(prompts: Mapping[str, tuple[int, ...]], s: GRPOSettings) -> list[Tree]:
+    """Prompts with the longest answer they may get, so that max_length counts both."""
+    room = Branch((0,) * s.max_completion_length, (True,) * s.max_completion_length)
+    return [Tree(i, prompt, (room,)) for i, prompt in prompts.items()]
+
+
+def _held_out(stage: Stage, s: GRPOSettings) -> tuple[list[Task], dict[str, tuple[int, ...]]]:
+    """The evaluation tasks that fit, and their prompts."""
+    if not s.eval_datasets:
+        return [], {}
+    loaded = read_tasks(s.eval_datasets, stage.resolve, require_answer=False)
+    prompts = {task.id: stage.renderer.prompt_ids(task.prompt, task.id) for task in loaded.rows}
+    fitting = {tree.id for tree in fit_evaluation(_with_room(prompts, s), loaded, s)}
+    return [task for task in loaded.rows if task.id in fitting], prompts
 
 
 def _group(rollout: Rollout, advantages: Sequence[float | None]) -> Item:

@@ -47,6 +47,7 @@ def load_policy(source: str, options: LoadOptions = DEFAULT_OPTIONS) -> Policy:
         model, found = AutoModelForCausalLM.from_pretrained(
             source, dtype=kept, output_loading_info=True, ignore_mismatched_sizes=True
         )
+        model.to(device).eval()
     except torch.OutOfMemoryError as e:
         raise DoesNotFit(f"{source} does not fit into this device's memory.", remedy="Use a smaller model.") from e
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
@@ -55,7 +56,6 @@ def load_policy(source: str, options: LoadOptions = DEFAULT_OPTIONS) -> Policy:
             remedy="Give a model folder, a Hub name you have access to, or builtin:tiny-base.",
         ) from e
     _refuse_invented_weights(source, found)
-    model.to(device).eval()
     model.config.use_cache = False
     policy = Policy(model, tokenizer, autocast=compute if compute != kept else None)
     if unused := sorted(found["unexpected_keys"]):
@@ -154,7 +154,7 @@ def probe_forest(policy: Policy) -> str | None:
         policy.model.set_attn_implementation(IMPLEMENTATION)
         policy.layout = "forest"
         forest, _ = policy.score(trees)
-    except (ForestUnsupported, ValueError, TypeError, AttributeError) as e:
+    except (ForestUnsupported, ValueError, TypeError, AttributeError, RuntimeError, LookupError) as e:
         return _first_line(e)
     policy.layout = "padded"
     with stock_attention(policy.model):
@@ -224,9 +224,12 @@ SAVED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1
 
 
 @torch.no_grad()
-def saved_differs(policy: Policy, directory: Path) -> str | None:
-    """None when the model in `directory` gives the trained one's log-probs on random tokens; else how far off."""
-    options = LoadOptions(forest="off", frozen_base=policy.model.dtype != torch.float32)
+def saved_differs(policy: Policy, directory: Path, dtype: str = "auto") -> str | None:
+    """None when the model in `directory` gives the trained one's log-probs on random tokens; else how far off.
+
+    `dtype` is the recipe's: both must compute in the same type.
+    """
+    options = LoadOptions(dtype, forest="off", frozen_base=policy.model.dtype != torch.float32)
     saved = load_policy(str(directory), options)
     trees = _probe_trees(policy.model.config.vocab_size)
     ours, theirs = policy.score(trees)[0].logp_N, saved.score(trees)[0].logp_N

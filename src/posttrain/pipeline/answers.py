@@ -22,13 +22,14 @@ class Answers:
     suite: Suite
     template: str | None
     reporter: Reporter
+    dtype: str  # the recipe's: other arithmetic may answer otherwise
 
     def of(self, source: str, weights: str, label: str, options: LoadOptions) -> list[ItemResult]:
         """The graded answers of the model at `source`; it is loaded only when it was never asked."""
         path = self._path(weights)
         if path.exists():
             return read_answers(path)
-        policy = load_policy(source, replace(options, frozen_base=True, gradient_checkpointing=False))
+        policy = load_policy(source, replace(options, gradient_checkpointing=False))
         return self.of_loaded(policy, Renderer(policy.tokenizer, self.template), weights, label)
 
     def of_loaded(self, policy: Policy, renderer: Renderer, weights: str, label: str) -> list[ItemResult]:
@@ -41,5 +42,7 @@ class Answers:
 
     def _path(self, weights: str) -> Path:
         """`weights` identifies the model: an artefact's fingerprint or a base model's hash."""
-        key = hashlib.sha256(f"{weights}\n{self.suite.fingerprint}\n{self.template}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(
+            f"{weights}\n{self.suite.fingerprint}\n{self.template}\n{self.dtype}".encode()
+        ).hexdigest()[:16]
         return self.home / "answers" / f"{key}.jsonl"

@@ -14,7 +14,7 @@ from posttrain.pipeline.identity import Parent, base_parent, template_of
 from posttrain.pipeline.stage import Run, StageOutcome, run_stage
 from posttrain.recipe import Recipe, Stage, diff
 from posttrain.records import ArtefactRef
-from posttrain.registry.files import ensure_home, write_json_atomic, writing
+from posttrain.registry.files import ensure_home, only_one, write_json_atomic
 from posttrain.registry.store import ModelStore
 from posttrain.reporting import Reporter
 from posttrain.rewards import mix
@@ -40,18 +40,17 @@ def run(recipe: Recipe, home: Path, reporter: Reporter, on_outcome: OnOutcome | 
     started = time.monotonic()
     home = ensure_home(home)
     r = Run(recipe, home, reporter, ModelStore(home), template_of(recipe), _read_ahead(recipe))
-    with writing(r.directory):
-        r.directory.mkdir(parents=True, exist_ok=True)
-    _tell_changes(r)
-    for warning in recipe.warnings:
-        reporter.line(f"warning: {warning}")
-    try:
-        base = base_parent(recipe, home)
-    except PosttrainError as e:
-        e.locate(f"{recipe.path}: model")
-        raise
-    outcomes, last = _walk(r, base, on_outcome)
-    champion = _promote(r, outcomes, last)
+    with only_one(r.directory):
+        _tell_changes(r)
+        for warning in recipe.warnings:
+            reporter.line(f"warning: {warning}")
+        try:
+            base = base_parent(recipe, home)
+        except PosttrainError as e:
+            e.locate(f"{recipe.path}: model")
+            raise
+        outcomes, last = _walk(r, base, on_outcome)
+        champion = _promote(r, outcomes, last)
     return RunReport(
         recipe=recipe.name,
         outcomes=tuple(outcomes),

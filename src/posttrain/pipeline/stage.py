@@ -103,7 +103,7 @@ class StageRun:
         self.run.reporter.line(f"{self.key}: {text}")
 
     def answers(self, suite: Suite) -> Answers:
-        return Answers(self.run.home, suite, self.run.template, self.run.reporter)
+        return Answers(self.run.home, suite, self.run.template, self.run.reporter, self.settings.dtype)
 
 
 def run_stage(r: Run, stage: Stage, parent: Parent, attempt: int) -> tuple[StageOutcome, Parent]:
@@ -187,7 +187,7 @@ def _refuse_other_template(parent: Parent, renderer: Renderer) -> None:
 
 def _prove_saved(sr: StageRun, policy: Policy, directory: Path, started_from: str) -> None:
     """Before the artefact gets its name: what was written is what was trained, and is not what training began with."""
-    if why := saved_differs(policy, directory):
+    if why := saved_differs(policy, directory, sr.settings.dtype):
         raise ArtefactError(
             f"the saved model is not the trained one: {why}.", where=str(sr.artefact), remedy="Report this."
         )

@@ -216,3 +216,24 @@ def _fsync_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
         _fsync(path)
     _fsync(directory)
+
+
+@contextmanager
+def only_one(directory: Path) -> Iterator[None]:
+    """Hold `directory` for the duration. Two runs that share one would delete each other's checkpoints."""
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise ArtefactError(
+            "is in use by another run of the same recipe.",
+            where=str(directory),
+            remedy="Wait for it, or give this run another --home or another name.",
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(lock)

@@ -27,7 +27,7 @@ from posttrain.rollout.sampling import Drawn, draw, uniform
 
 COMPACT_BELOW = 0.7  # share of slots alive under which dead ones are compacted away
 ADMIT_BELOW = 0.5  # share of the slot limit under which waiting prompts join
-MEMORY_SHARE = 0.25  # of the free memory may hold answers' keys and values
+MEMORY_SHARE = 0.25  # of the memory may hold answers' keys and values
 MAX_SLOTS = 1024
 
 
@@ -133,7 +133,11 @@ class LocalEngine:
     def _step(self, running: Running, sampling: Sampling) -> None:
         if not running.alive.any():
             return
-        hidden_SD = self._policy.hidden_forest(running.last_token_S, running.cache.depth_S, running.cache)
+        depth_S = running.cache.depth_S
+        # A group that is done steps on until it is compacted away; its position must stay one the model knows.
+        if (limit := getattr(self._policy.model.config, "max_position_embeddings", None)) is not None:
+            depth_S = depth_S.clamp(max=limit - 1)
+        hidden_SD = self._policy.hidden_forest(running.last_token_S, depth_S, running.cache)
         running.cache.advance()
         drawn = _draw_and_record(running.answers, self._policy.head.logits(hidden_SD), sampling)
         running.last_token_S = drawn.token_B
@@ -155,7 +159,7 @@ class LocalEngine:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         element = (self._policy.autocast or self._policy.model.dtype).itemsize
         per_slot = 2 * config.num_hidden_layers * n_kv * head_dim * element * sampling.max_new_tokens
-        return max(1, min(self._max_slots, int(MEMORY_SHARE * _free_memory(self._policy.device) / per_slot)))
+        return max(1, min(self._max_slots, int(MEMORY_SHARE * _memory(self._policy.device) / per_slot)))
 
     def _fail_unusable(self, groups: list[list[Answer]], sampling: Sampling) -> None:
         """Prompts that cannot be answered fail by themselves; the others go on."""
@@ -240,12 +244,13 @@ def _widened(running: Running, width: int) -> tuple[list[Answer | None], Tensor]
     return answers, last_PG.flatten()
 
 
-def _free_memory(device: torch.device) -> int:
-    """Bytes free on the device; on a CPU what the kernel calls available, or 4 GiB where it does not say."""
+def _memory(device: torch.device) -> int:
+    """Bytes the device has; 4 GiB where the kernel does not say. Not what is free just now: a resumed run must batch as
+    the first one did, or its last bits differ."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.get_device_properties(device).total_memory
     try:
         with open("/proc/meminfo", encoding="ascii") as f:  # noqa: PTH123
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemTotal"))
     except (OSError, StopIteration):
         return 4 << 30

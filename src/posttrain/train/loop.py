@@ -68,16 +68,19 @@ def train(policy: Policy, objective: Objective[Item], s: StageSettings, place: P
         for step in range(done, objective.n_steps):
             values = _step(policy, objective, parameters, optimizer, step, s, place)
             last = step + 1 == objective.n_steps
+            best_before = best
             if last or (s.eval_steps and (step + 1) % s.eval_steps == 0):
                 best = _evaluate(objective, best, values, step + 1, place, parameters, s)
             if last or "eval" in values or (step + 1) % s.logging_steps == 0:
                 values.pop("eval", None)
                 log.write(step + 1, values)
             task.update(step + 1, _shown(values, objective.headline))
-            if last or interrupted or (step + 1) % s.save_steps == 0:
+            # A new best is saved at once: what best/ holds must be what the checkpoint says it holds.
+            kept_best = s.load_best_model_at_end and best is not best_before
+            if last or interrupted or kept_best or (step + 1) % s.save_steps == 0:
                 saved = checkpoint.Saved(step + 1, objective.state(), best)
                 checkpoint.save(place.checkpoints, saved, parameters, optimizer)
-            if interrupted and not last:
+            if interrupted:
                 raise Interrupted(
                     f"interrupted; {place.label} is saved after step {step + 1} of {objective.n_steps}.",
                     remedy="Run the same command again to go on.",
@@ -209,8 +212,9 @@ def _shown(values: dict[str, Any], headline: str) -> dict[str, str]:
 
 
 def _summary(log: MetricsLog, best: dict[str, Any] | None) -> dict[str, float]:
-    last = {k: v for k, v in log.lines[-1].items() if isinstance(v, int | float)} if log.lines else {}
-    return last | ({"best_eval_step": best["step"], "best_eval_value": best["value"]} if best else {})
+    last = dict(log.lines[-1]) if log.lines else {}
+    best_values = {"best_eval_step": best["step"], "best_eval_value": best["value"]} if best else {}
+    return {k: v for k, v in (last | best_values).items() if isinstance(v, int | float) and math.isfinite(v)}
 
 
 @contextmanager
