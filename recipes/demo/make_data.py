@@ -26,7 +26,8 @@ from world import FACTS, Problem, problem  # noqa: E402
 from posttrain.data.hygiene import overlaps  # noqa: E402
 
 ASSETS = ROOT / "src" / "posttrain" / "assets"
-STEPS = (2, 2, 3)  # how many changes a problem has
+STEPS = (1, 2, 2, 3)  # how many changes a problem has
+CHATS = 400  # conversations of two or three turns
 COUNTED_SHARE = 0.35  # of the SFT teachers count step by step
 FILLERS = ("in all", "altogether", "things", "items")
 
@@ -40,10 +41,20 @@ def answer(p: Problem, style: str, *, counted: bool, rng: Random) -> str:
 def sft_rows(rng: Random, n_problems: int, n_facts: int) -> Iterator[dict]:
     for p in problems(rng, n_problems):
         style = rng.choices(("bare", "filler", "named"), weights=(40, 35, 25))[0]
-        yield chat(p.question, answer(p, style, counted=rng.random() < COUNTED_SHARE, rng=rng))
+        yield chat((p.question, answer(p, style, counted=rng.random() < COUNTED_SHARE, rng=rng)))
     for _ in range(n_facts):
         fact = rng.choice(FACTS)
-        yield chat(fact.question, fact.statement)
+        yield chat((fact.question, fact.statement))
+    for _ in range(CHATS):
+        yield chat(*(turn(rng) for _ in range(rng.randint(2, 3))))
+
+
+def turn(rng: Random) -> tuple[str, str]:
+    if rng.random() < 0.6:
+        fact = rng.choice(FACTS)
+        return fact.question, fact.statement
+    p = problem(rng, rng.choice(STEPS))
+    return p.question, answer(p, "named", counted=True, rng=rng)
 
 
 def dpo_rows(rng: Random, n: int) -> Iterator[dict]:
@@ -67,12 +78,14 @@ def problems(rng: Random, n: int) -> Iterator[Problem]:
         yield problem(rng, rng.choice(STEPS))
 
 
-def chat(question: str, reply: str) -> dict:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+def chat(*turns: tuple[str, str]) -> dict:
+    said = [(("user", question), ("assistant", reply)) for question, reply in turns]
+    return {"messages": [{"role": role, "content": text} for pair in said for role, text in pair]}
 
 
 def asked(row: dict) -> str:
-    return row["prompt"] if "prompt" in row else row["messages"][0]["content"]
+    """Everything a user says in a row."""
+    return row["prompt"] if "prompt" in row else "\n".join(m["content"] for m in row["messages"] if m["role"] == "user")
 
 
 def write(name: str, rows: Iterable[dict]) -> None:
@@ -84,7 +97,7 @@ def write(name: str, rows: Iterable[dict]) -> None:
 
 def main() -> None:
     train = {
-        "sft-train.jsonl": list(sft_rows(Random("sft"), 2400, 400)),
+        "sft-train.jsonl": list(sft_rows(Random("sft"), 2200, 400)),
         "dpo-train.jsonl": list(dpo_rows(Random("dpo"), 640)),
         "grpo-train.jsonl": list(task_rows(Random("grpo"), 1600)),
     }

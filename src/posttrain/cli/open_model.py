@@ -37,7 +37,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """`source` is what loads the model, `label` what people call it: "helper@3" for a registered one."""
+    """`source` is what loads the model, `label` what people call it: "support@3" for a registered one."""
 
     label: str
     source: str
