@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from posttrain.errors import PosttrainError
 from posttrain.paths import ASSETS
 from posttrain.pipeline import RunReport, run
 from posttrain.recipe import Recipe, load_recipe
@@ -110,3 +112,11 @@ class Said(Reporter):
 def go(found: Recipe, home: Path) -> tuple[RunReport, list[str]]:
     said = Said()
     return run(found, home, said), said.lines
+
+
+def refused(place: Path, *stages: dict[str, Any], home: str = "home", **top: Any) -> PosttrainError:
+    """What is raised; it must be one of our own, and one line for each thing that is wrong."""
+    with pytest.raises(PosttrainError) as caught:
+        go(recipe(place, *stages, **top), place / home)
+    assert len(str(caught.value).splitlines()) == 1
+    return caught.value
