@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import tiny_model
 
 from posttrain.errors import ModelError
-from posttrain.models.load import load_policy
+from posttrain.models.load import LoadOptions, load_policy
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 
@@ -78,3 +78,12 @@ def test_a_hub_name_without_a_network_fails_at_once(
         load_policy("acme/no-such-model")
     assert time.monotonic() - started < 5, "no retries"
     assert capfd.readouterr().err == ""
+
+
+def test_checkpointing_a_model_that_cannot_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(ModelError, match="gradient_checkpointing: true, but llama cannot") as refused:
+        load_policy(str(folder), LoadOptions(gradient_checkpointing=True))
+    assert "micro_batch_tokens" in refused.value.remedy

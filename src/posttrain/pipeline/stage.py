@@ -129,7 +129,7 @@ def run_stage(r: Run, stage: Stage, parent: Parent, attempt: int) -> tuple[Stage
 
 def _refuse_without_sft(stage: Stage, parent: Parent) -> None:
     """A stage that failed its gate may have left the base model in place: what the recipe's order promised is gone."""
-    if parent.had_sft or getattr(stage.settings, "allow_without_sft", True):
+    if getattr(stage.settings, "allow_without_sft", True) or parent.had_sft:
         return
     raise RecipeError(
         f"{stage.key} would start from {parent.ref}, a model that never had SFT: no SFT stage before it was accepted.",

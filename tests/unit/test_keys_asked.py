@@ -1,0 +1,96 @@
+"""Every key is asked for by the code that does the work, seen while real runs of the three methods go by.
+
+`test_keys.py` compares names, and names such as `path`, `max` or `r` stand everywhere. Here each section notes who asks
+it for what. The recipe layer, which checks and shows every key, does not count.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import dpo, gate, go, grpo, recipe, rows, sft, small_data, tiny_base
+
+from posttrain.errors import GateRefused
+from posttrain.gate.suites import SuiteSettings
+from posttrain.settings import METHODS, DatasetSettings, GateSettings, LoraSettings, RecipeSettings, Retry, Section
+
+Asked = set[tuple[type, str]]
+SECTIONS: tuple[type[Section], ...] = (
+    *METHODS.values(),
+    DatasetSettings,
+    LoraSettings,
+    GateSettings,
+    Retry,
+    RecipeSettings,
+    SuiteSettings,
+)
+# These are handed on whole, by model_dump: what a suite asks of the sampler, and what makes its fingerprint.
+HANDED_ON = {(SuiteSettings, "sampling")}
+
+
+@contextmanager
+def noted() -> Iterator[Asked]:
+    """Who asked which section for what. A recipe's own top keys are copied into `Recipe` by the loader."""
+    asked: Asked = set()
+
+    def note(self: Any, name: str) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        works = caller.startswith("posttrain.") and not caller.startswith(("posttrain.recipe", "posttrain.settings"))
+        if works or (type(self) is RecipeSettings and caller == "posttrain.recipe.load"):
+            asked.add((type(self), name))
+        return object.__getattribute__(self, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Section, "__getattribute__", note, raising=False)
+        yield asked
+
+
+def never_asked(sections: tuple[type[Section], ...], asked: Asked) -> list[str]:
+    asked = asked | HANDED_ON
+    return [f"{s.__name__}.{key}" for s in sections for key in s.model_fields if (s, key) not in asked]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    """One run that has everything: adapters, held-out rows, gates that keep, and one that sends back."""
+    folder = tmp_path_factory.mktemp("keys")
+    tiny_base(folder / "base")
+    small_data(folder)
+    rows(folder / "eval.jsonl", [{"prompt": "Fine?", "completion": "ok"}] * 2)
+    lora = dict(adapter="lora", lora={"r": 4}, max_steps=2, learning_rate=1e-3, lr_scheduler_type="linear")
+    back = {"retry": {"stage": "2-sft", "max": 1}}
+    written = recipe(
+        folder,
+        sft(),  # until answers end, and sometimes not: the rewards need spread
+        sft(**lora, eval_datasets=[{"path": "eval.jsonl"}]),
+        dpo(**lora, gate=gate("never", on_fail="keep_parent")),
+        grpo(**lora, gate=gate("never", on_fail=back)),
+    )
+    with noted() as asked:
+        recipe(folder, sft())  # the top of a recipe is asked while it is loaded
+        with pytest.raises(GateRefused, match="also after going back 1 time"):
+            go(written, folder / "home")
+    return asked
+
+
+def test_every_key_is_asked_for(asked: Asked) -> None:
+    assert never_asked(SECTIONS, asked) == []
+
+
+def test_a_key_nobody_asks_for_is_noticed(tmp_path: Path) -> None:
+    """It has the name of a key that others ask for, which a comparison of names would not see."""
+
+    class Planted(DatasetSettings):
+        r: int = 1
+
+    (tmp_path / "rows.jsonl").write_text('{"text": "once"}\n')
+    with noted() as planted:
+        from posttrain.data.formats import read_examples
+
+        read_examples([Planted(path="rows.jsonl")], lambda name: tmp_path / name)
+    assert never_asked((Planted,), planted) == ["Planted.r"]
