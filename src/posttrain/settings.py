@@ -172,5 +172,8 @@ class RecipeSettings(Section):
         default=None, description="a .jinja file, relative to the recipe; default: the tokenizer's own"
     )
     register_as: str | None = Field(
-        default=None, alias="register", min_length=1, description="the registry name; default: `name`"
+        default=None,
+        alias="register",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="the registry name; default: `name`",
     )

@@ -400,3 +400,11 @@ def test_home_is_the_option_then_the_variable_then_a_folder_here(folder: Path, m
     monkeypatch.setenv("POSTTRAIN_HOME", str(folder / "variable"))
     assert paths.home_dir() == folder / "variable"
     assert paths.home_dir("option") == folder / "option"
+
+
+def test_a_registry_name_is_a_name_and_not_a_path(folder: Path) -> None:
+    file = folder / "evil.yaml"
+    stages = "stages: [{sft: {datasets: [{path: builtin:data/sft-train.jsonl}]}}]"
+    file.write_text(f"name: a\nmodel: builtin:tiny-base\nregister: ../../evil\n{stages}\n")
+    with pytest.raises(RecipeError, match="evil.yaml:3: register"):
+        load_recipe(file)

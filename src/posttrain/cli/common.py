@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,8 @@ import typer
 
 from posttrain import paths
 from posttrain.errors import ArtefactError, RecipeError
+
+OVERRIDE = re.compile(r"[\w.-]+=")  # key.sub=value; a path has a slash before any equals sign
 
 RecipeWords = Annotated[
     list[str] | None,
@@ -120,7 +123,7 @@ def print_rich(renderable: Any) -> None:
 
 
 def _is_override(word: str) -> bool:
-    return "=" in word and not Path(word).exists()
+    return OVERRIDE.match(word) is not None
 
 
 def _builtin_recipes() -> list[str]:
