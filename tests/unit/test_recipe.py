@@ -406,5 +406,5 @@ def test_a_registry_name_is_a_name_and_not_a_path(folder: Path) -> None:
     file = folder / "evil.yaml"
     stages = "stages: [{sft: {datasets: [{path: builtin:data/sft-train.jsonl}]}}]"
     file.write_text(f"name: a\nmodel: builtin:tiny-base\nregister: ../../evil\n{stages}\n")
-    with pytest.raises(RecipeError, match="evil.yaml:3: register"):
+    with pytest.raises(RecipeError, match=r"evil\.yaml:3: register"):
         load_recipe(file)
