@@ -113,9 +113,9 @@ class GRPOObjective:
             seed=0,
         )
         refuse_failures(rollouts, self.settings.max_checker_failure_rate)
-        reward = figures(rollouts)["reward"]
-        values = {f"eval_{name}": mean.value for name, mean in figures(rollouts).items()}
-        values["eval_reward"] = reward.total / len(self.held_out)
+        means = figures(rollouts)
+        values = {f"eval_{name}": mean.value for name, mean in means.items()}
+        values["eval_reward"] = means["reward"].total / len(self.held_out)
         return Evaluation(values, values["eval_reward"], higher_is_better=True)
 
     def state(self) -> dict[str, Any]:
