@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
@@ -66,6 +67,34 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -
             assert alive.exists(), "a second writer removed the work of a living one"
         assert alive.exists()
     assert list(tmp_path.iterdir()) == [other_name]
+
+
+def test_sweeping_removes_what_killed_writers_left_and_nothing_else(tmp_path: Path) -> None:
+    deep = tmp_path / "artefacts" / "small"
+    deep.mkdir(parents=True)
+    (deep / "manifest.json").write_text("{}")
+    (deep / ".manifest.json.writing-dead").mkdir()
+    (deep / ".manifest.json.writing-dead" / "manifest.json").write_text("half")
+    with files.staged(deep / "other") as alive:
+        files.sweep(tmp_path)
+        assert alive.exists(), "the work of a living writer was removed"
+    assert list(tmp_path.rglob("*")) == [tmp_path / "artefacts", deep, deep / "manifest.json"]
+
+
+def test_a_scratch_directory_taken_for_a_leftover_is_made_anew(tmp_path: Path, monkeypatch) -> None:
+    """Another writer may sweep between the making of a directory and its lock."""
+    made: list[Path] = []
+
+    def make(**where) -> str:
+        made.append(Path(mkdtemp(**where)))
+        if len(made) == 1:
+            made[0].rmdir()
+        return str(made[-1])
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", make)
+    with files.staged(tmp_path / "x") as scratch:
+        assert scratch == made[1]
+        assert scratch.is_dir()
 
 
 def test_json_is_replaced_atomically_and_nan_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from posttrain.pipeline.identity import Parent, base_parent, template_of
 from posttrain.pipeline.stage import Run, StageOutcome, run_stage
 from posttrain.recipe import Recipe, Stage, diff
 from posttrain.records import ArtefactRef
-from posttrain.registry.files import ensure_home, only_one, write_json_atomic
+from posttrain.registry.files import ensure_home, only_one, sweep, write_json_atomic
 from posttrain.registry.store import ModelStore
 from posttrain.reporting import Reporter
 from posttrain.rewards import mix
@@ -39,6 +39,7 @@ def run(recipe: Recipe, home: Path, reporter: Reporter, on_outcome: OnOutcome | 
     """
     started = time.monotonic()
     home = ensure_home(home)
+    sweep(home)
     r = Run(recipe, home, reporter, ModelStore(home), template_of(recipe), _read_ahead(recipe))
     with only_one(r.directory):
         _tell_changes(r)

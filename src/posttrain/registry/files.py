@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,11 +121,8 @@ def staged(final: Path, told: Path | None = None) -> Iterator[Path]:
     prefix = f".{final.name}{WRITING}"
     with writing(told or final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(final.parent, prefix)
-        directory = Path(tempfile.mkdtemp(dir=final.parent, prefix=prefix))
-        directory.chmod(0o755)
-        lock = os.open(directory, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _remove(final.parent.glob(f"{prefix}*"))
+        directory, lock = _locked_scratch(final.parent, prefix)
     try:
         yield directory
     finally:
@@ -133,8 +130,29 @@ def staged(final: Path, told: Path | None = None) -> Iterator[Path]:
         os.close(lock)
 
 
-def _remove_leftovers(parent: Path, prefix: str) -> None:
-    for leftover in parent.glob(f"{prefix}*"):
+def _locked_scratch(parent: Path, prefix: str) -> tuple[Path, int]:
+    """A new directory and the descriptor that holds its lock."""
+    while True:
+        directory = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
+        try:
+            lock = os.open(directory, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another writer took it for a leftover before it was locked
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if directory.exists():
+            directory.chmod(0o755)
+            return directory, lock
+        os.close(lock)
+
+
+def sweep(home: Path) -> None:
+    """Remove what killed writers left anywhere below `home`. A file that is never written again would keep its own."""
+    # os.walk, not rglob: another run may be removing directories at the same time.
+    _remove(Path(at, name) for at, names, _ in os.walk(home) for name in names if name[0] == "." and WRITING in name)
+
+
+def _remove(scratch: Iterable[Path]) -> None:
+    for leftover in list(scratch):
         try:
             lock = os.open(leftover, os.O_RDONLY)
         except FileNotFoundError:
