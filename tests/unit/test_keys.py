@@ -37,7 +37,7 @@ def names_read(tree: ast.AST) -> Iterator[str]:
 
 
 def read_by_the_code() -> set[str]:
-    files = [f for f in PACKAGE.rglob("*.py") if f.name != "settings.py" and "recipe" not in f.parts]
+    files = [f for f in PACKAGE.rglob("*.py") if not {"settings", "recipe"} & set(f.parts)]
     return {name for file in files for name in names_read(ast.parse(file.read_text(encoding="utf-8")))}
 
 
