@@ -1,12 +1,13 @@
 """The records that flow between layers. Frozen, torch-free; one field has one meaning for its whole life.
 
-Data side:   Message → Example | Pair | Task → Tree (token ids with loss marks)
+Data side:   Message → Example | Pair | Rated | Stepwise | Task → Tree (token ids with loss marks)
 Sampling:    Task + Sampling → Completion → Score
 Judgement:   GateReport;  identity of what was produced: ArtefactRef
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,24 +15,55 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call an assistant makes. `arguments` is JSON text, so that the record can be hashed."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        call: dict[str, Any] = {
+            "type": "function",
+            "function": {"name": self.name, "arguments": json.loads(self.arguments)},
+        }
+        return call | ({"id": self.id} if self.id else {})
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn. `train=False` keeps an assistant turn as context without loss; None follows the stage's rule."""
 
-    role: str
+    role: str  # system | user | assistant | tool
     content: str
     train: bool | None = None
+    thinking: str = ""  # what the assistant reasons before it answers
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str = ""  # of the tool that a tool message comes from
+    tool_call_id: str = ""
 
-    def as_dict(self) -> dict[str, str]:
-        return {"role": self.role, "content": self.content}
+    def as_dict(self) -> dict[str, Any]:
+        """As chat templates know it; fields that say nothing are left out."""
+        optional = {
+            "reasoning_content": self.thinking,
+            "tool_calls": [call.as_dict() for call in self.tool_calls],
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+        }
+        return {"role": self.role, "content": self.content} | {key: said for key, said in optional.items() if said}
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A conversation to imitate, or plain `text`, all of it scored. `id` is stable: "file.jsonl:17"."""
+    """A conversation to imitate, or plain `text`, all of it scored. `id` is stable: "file.jsonl:17".
+
+    `tools` holds the JSON schema of each tool the conversation may call, as JSON text.
+    """
 
     id: str
     messages: tuple[Message, ...] = ()
     text: str | None = None
+    tools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +74,28 @@ class Pair:
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
+    tools: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """One continuation of a prompt with a thumb up or down."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    completion: tuple[Message, ...]
+    good: bool
+    tools: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Stepwise:
+    """An answer in steps, each labelled right or wrong; a process reward model learns from it."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    steps: tuple[str, ...]
+    labels: tuple[bool, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +106,10 @@ class Task:
     prompt: tuple[Message, ...]
     answer: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[str, ...] = ()
 
 
-Row = Example | Pair | Task
+Row = Example | Pair | Rated | Stepwise | Task
 
 
 @dataclass(frozen=True, slots=True)
