@@ -137,7 +137,7 @@ def test_trained_parameters_are_counted_exactly() -> None:
     ("kind", "modules", "decay"), [("dora", ["embed_tokens", "norm"], 0.0), ("lora", ["embed_tokens"], 0.1)]
 )
 def test_loraplus_steps_are_those_of_pefts_optimizer(kind: str, modules: list[str], decay: float) -> None:
-    """Three steps with random gradients, bit for bit. (With decay peft shrinks DoRA's lengths too; here no vector is.)"""
+    """Three steps with random gradients, bit for bit. (With decay peft shrinks DoRA's lengths too; here no vector.)"""
     s = SFTSettings(
         datasets=[{"path": "x"}],
         adapter=kind,
@@ -236,7 +236,7 @@ def test_an_adapter_that_changes_the_model_at_its_start_is_refused(monkeypatch: 
 
 
 def test_a_base_that_gave_its_weights_away_is_not_the_reference() -> None:
-    """peft's own switch-off leaves PiSSA's residual, another model than the stage began with; ours asks the beginning."""
+    """peft's own switch-off leaves PiSSA's residual, another model than the one the stage began with."""
     policy = adapted(init="pissa")
     began = logps(policy)
     nudge(policy)

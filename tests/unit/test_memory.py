@@ -52,7 +52,7 @@ def test_a_pass_that_does_not_fit_names_the_first_setting_to_change(
 ) -> None:
     policy = toy.policy_for("sft")
     monkeypatch.setattr(Policy, "score", lambda *_, **__: refuse(fault))
-    with pytest.raises(DoesNotFit, match="out of memory while training on .* tokens") as said:
+    with pytest.raises(DoesNotFit, match=r"out of memory while training on .* tokens") as said:
         toy.run("sft", tmp_path, policy, **settings)
     assert said.value.exit_code == 5
     assert said.value.remedy.split(" tokens.")[-1] == remedy.split(" tokens.")[-1]

@@ -58,11 +58,11 @@ def add_lora(policy: Policy, lora: LoraSettings, *, seed: int, kind: str = "lora
     """Freeze the model and put trainable adapters on it. Its log-probs stay what they were, or it is refused."""
     from peft import LoraConfig, get_peft_model
 
-    before = probe_logps(policy)
-    model = policy.model
+    before, model = probe_logps(policy), policy.model
     targets = _as_peft_reads(model, lora_targets(model, lora.target_modules), lora.target_modules)
-    layers = {name: model.get_submodule(name) for name in targets}
-    _refuse_init(lora, layers)
+    saved = saved_modules(model, lora.modules_to_save, targets)
+    _refuse_init(lora, {name: model.get_submodule(name) for name in targets})
+    others = _other_matrices(model, targets, saved) if lora.target_modules == "all-linear" else ()
     tied = _is_tied(model)
     config = LoraConfig(
         r=lora.r,
@@ -72,35 +72,35 @@ def add_lora(policy: Policy, lora: LoraSettings, *, seed: int, kind: str = "lora
         use_dora=kind == "dora",
         init_lora_weights=True if lora.init == "default" else lora.init,
         target_modules=targets,
-        modules_to_save=saved_modules(model, lora.modules_to_save, targets) or None,
-        ensure_weight_tying=bool(lora.modules_to_save) and tied,
+        modules_to_save=saved or None,
+        ensure_weight_tying=tied and _name_of(model, model.get_input_embeddings()) in saved,
         task_type="CAUSAL_LM",
     )
-    matrices = _other_matrices(model, targets) if lora.target_modules == "all-linear" else ()
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out")  # peft sets it itself, per layer
-        warnings.filterwarnings("ignore", message=".*ensure_weight_tying")  # asked of every tied model
         torch.manual_seed(seed)
         policy.adapter = get_peft_model(model, config)
+    _refuse_otherwise(model, targets, tied)
+    model.train(model.training)  # new layers are born in training mode, with dropout
+    if lora.init != "default":
+        policy.adapter_start = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    _refuse_changed(policy, before, kind, lora)
+    trained = sum(p.numel() for p in policy.trainable().values())
+    frozen = sum(n_weights(p) for p in model.parameters() if not p.requires_grad)
+    return Adapted(kind, len(targets), trained, frozen, others)
+
+
+def _refuse_otherwise(model: Any, targets: Sequence[str], tied: bool) -> None:
+    """What peft made must be what it was asked for."""
     if tied and not _is_tied(model):
         raise ModelError(
             f"lora.modules_to_save: peft cannot keep the embeddings of {model.config.model_type} and its head, which "
             "share their weights, one.",
             remedy="Leave modules_to_save out.",
         )
-    if (adapted := {n for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}) != set(
-        targets
-    ):
-        raise AssertionError(f"peft adapted {sorted(adapted ^ set(targets))[0]} otherwise than asked")
-    model.train(model.training)  # new layers are born in training mode, with dropout
-    if lora.init != "default":
-        policy.adapter_start = {name: p.detach().clone() for name, p in policy.trainable().items()}
-    _refuse_changed(policy, before, kind, lora)
-    trained = sum(p.numel() for p in policy.trainable().values())
-    frozen = sum(n_weights(p) for name, p in model.named_parameters() if not p.requires_grad)
-    trained_in_full = {name for name, _ in model.named_parameters() if ".modules_to_save." in name}
-    left_out = tuple((n, size) for n, size in matrices if not any(_within(n, full) for full in trained_in_full))
-    return Adapted(kind, len(targets), trained, frozen, left_out)
+    made = {name for name, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+    if odd := sorted(made ^ set(targets)):
+        raise AssertionError(f"peft adapted {odd[0]} otherwise than asked")
 
 
 def load_adapter(policy: Policy, directory: Path) -> None:
@@ -228,18 +228,12 @@ def _ends_with(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith("." + wanted)
 
 
-def _other_matrices(model: Any, targets: Sequence[str]) -> tuple[tuple[str, int], ...]:
-    """Matrices beside linear layers, embeddings and head: a mixture's experts, for one, are stacked in one tensor."""
-    known = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    known |= {id(p) for name in targets for p in model.get_submodule(name).parameters()}
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    return tuple(
-        (name, n_weights(p)) for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in known | embeddings
-    )
-
-
-def _within(name: str, trained_in_full: str) -> bool:
-    return name.rsplit(".", 1)[0] == trained_in_full.split(".modules_to_save.")[0]
+def _other_matrices(model: Any, targets: Sequence[str], saved: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """Matrices that stay frozen beside embeddings and head: a mixture's experts, for one, are stacked in one tensor."""
+    known = [model.get_output_embeddings(), *(m for m in model.modules() if isinstance(m, nn.Embedding))]
+    known += [model.get_submodule(name) for name in (*targets, *saved)]
+    seen = {id(p) for module in known for p in module.parameters()}
+    return tuple((name, n_weights(p)) for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in seen)
 
 
 # --- how they start ----------------------------------------------------------------------------------------------

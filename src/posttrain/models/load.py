@@ -132,7 +132,7 @@ def choose_layout(policy: Policy, forest: str) -> None:
     if forest == "off":
         policy.layout = "padded"
         return
-    with must_fit("comparing forest and padded rows", lambda: SMALLER_MODEL):
+    with must_fit("comparing forest and padded rows", SMALLER_MODEL):
         reason = probe_forest(policy)
     if reason is None:
         policy.layout = "forest"
@@ -207,6 +207,13 @@ def probe_logps(policy: Policy) -> torch.Tensor:
 def save_policy(policy: Policy, directory: Path, *, stop_token_ids: tuple[int, ...], base: str = "") -> None:
     """Write weights, config, tokenizer and template. An adapter is written merged at the root and alone in adapter/,
     where `base` names the model it belongs to."""
+    save_merged(policy, directory, stop_token_ids=stop_token_ids)
+    if policy.adapter is not None:
+        save_adapter(policy, directory / "adapter", base)
+
+
+def save_merged(policy: Policy, directory: Path, *, stop_token_ids: tuple[int, ...]) -> None:
+    """The model as any loader opens it; an adapter is in its weights."""
     model = policy.model
     state = merged_state(policy)
     model.generation_config.eos_token_id = list(stop_token_ids)
@@ -215,8 +222,6 @@ def save_policy(policy: Policy, directory: Path, *, stop_token_ids: tuple[int, .
     shell(model).save_pretrained(directory, state_dict=state)
     model.config.use_cache = False
     policy.tokenizer.save_pretrained(directory)
-    if policy.adapter is not None:
-        save_adapter(policy, directory / "adapter", base)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,8 +17,8 @@ ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
 
 
 @contextmanager
-def must_fit(what: str, remedy: Callable[[], str]) -> Iterator[None]:
-    """Turn any allocator's refusal into DoesNotFit. `what` is what was being done; `remedy` is asked only then."""
+def must_fit(what: str, remedy: str) -> Iterator[None]:
+    """Turn any allocator's refusal into DoesNotFit. `what` is what was being done."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
@@ -26,7 +26,7 @@ def must_fit(what: str, remedy: Callable[[], str]) -> Iterator[None]:
             raise
         asked = ASKED.search(str(e))
         detail = f": {asked[1]} more were asked for" if asked else ""
-        raise DoesNotFit(f"out of memory while {what}{detail}.", remedy=remedy()) from e
+        raise DoesNotFit(f"out of memory while {what}{detail}.", remedy=remedy) from e
 
 
 def is_out_of_memory(e: BaseException) -> bool:

@@ -74,9 +74,8 @@ def save_adapter(policy: Policy, directory: Path, base: str) -> None:
     state = get_peft_model_state_dict(policy.adapter, save_embedding_layers=False)
     if policy.adapter_start:
         with policy.adapter_off():
-            began = {
-                k: v.clone() for k, v in get_peft_model_state_dict(policy.adapter, save_embedding_layers=False).items()
-            }
+            start = get_peft_model_state_dict(policy.adapter, save_embedding_layers=False)
+            began = {name: tensor.clone() for name, tensor in start.items()}
         state = {name: _less_its_start(name, tensor, began[name]) for name, tensor in state.items()}
         # The scale stays: alpha/r when both double, alpha/√r when alpha grows by √2.
         if config.use_rslora:
@@ -135,8 +134,14 @@ def round_trip(adapter_N: Tensor, merged_N: Tensor, base_N: Tensor, bound: float
     if not adapter_N.shape == merged_N.shape == base_N.shape or not len(adapter_N):
         raise AssertionError("a proof compares the same tokens, and needs some")
     error_N, moved_N = (merged_N - adapter_N).abs(), (merged_N - base_N).abs()
-    figures = (float(x) for x in (error_N.max(), error_N.mean(), moved_N.max(), moved_N.mean()))
-    return RoundTrip(len(adapter_N), *figures, bound)
+    return RoundTrip(
+        n_tokens=len(adapter_N),
+        error_max=float(error_N.max()),
+        error_mean=float(error_N.mean()),
+        moved_max=float(moved_N.max()),
+        moved_mean=float(moved_N.mean()),
+        bound=bound,
+    )
 
 
 def refuse_unmergeable(policy: Policy, where: Path) -> None:
@@ -160,9 +165,4 @@ def refuse_unmergeable(policy: Policy, where: Path) -> None:
 def _is_other_layer(module: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return (
-        isinstance(module, BaseTunerLayer)
-        and not hasattr(module, "lora_A")
-        or hasattr(module, "lora_embedding_A")
-        and bool(getattr(module, "lora_embedding_A"))
-    )
+    return isinstance(module, BaseTunerLayer) and not getattr(module, "lora_A", None)

@@ -77,7 +77,7 @@ class Policy:
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """The model as the adapter found it: switched off, or, where it took its start out of the weights, as it began."""
+        """The model as the adapter found it: switched off; where it took its start out of the weights, as it began."""
         assert self.adapter is not None, "only a model with an adapter can switch it off"
         if not self.adapter_start:
             with self.adapter.disable_adapter():

@@ -1,4 +1,4 @@
-"""A frozen base in 4 bits (NF4 with double quantisation; Dettmers et al. 2023) through bitsandbytes, and 8-bit optimisers.
+"""A frozen base in 4 bits (NF4, double quantisation; Dettmers et al. 2023) through bitsandbytes; 8-bit optimisers.
 
 bitsandbytes computes 4-bit layers and 8-bit optimiser states on a CPU too. What it cannot do here is refused; its own
 fallback for paged optimisers, a warning, is not used.
@@ -57,7 +57,7 @@ def hold_still(model: nn.Module) -> None:
     coarser scales: the sampler and the reference would then be another model than the one that trains."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def refuse_unquantised(model: Any) -> None:

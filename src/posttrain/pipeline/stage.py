@@ -148,9 +148,8 @@ def _train_and_save(sr: StageRun) -> None:
     _refuse_other_template(sr.parent, renderer)
     for note in policy.notes:
         sr.say(note)
-    if (
-        sr.suite is not None and s.adapter != "qlora"
-    ):  # while the parent, whole, is loaded: the verdict needs its answers
+    # While the parent is loaded, and not in 4 bits: the verdict needs its answers.
+    if sr.suite is not None and s.adapter != "qlora":
         sr.answers(sr.suite).of_loaded(policy, renderer, sr.parent.fingerprint, str(sr.parent.ref))
     if s.adapter != "none":
         for line in add_lora(policy, s.lora, seed=derive_seed(sr.seed, "adapter"), kind=s.adapter).lines():

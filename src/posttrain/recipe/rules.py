@@ -167,9 +167,8 @@ def _impossible_lora(stage: StageView) -> str | None:
         try:
             re.compile(lora.target_modules)
         except re.error as e:
-            return (
-                f".target_modules = {show(lora.target_modules)} is no regular expression: {e}. Or give a list of names."
-            )
+            wrong = f".target_modules = {show(lora.target_modules)} is no regular expression: {e}."
+            return f"{wrong} Correct it, or give a list of names."
     return None
 
 

@@ -85,7 +85,7 @@ class LocalEngine:
         was_training = self._policy.model.training
         self._policy.model.eval()
         try:
-            with must_fit(f"sampling {n_all:,} answers", lambda: _smaller_sampling(sampling)):
+            with must_fit(f"sampling {n_all:,} answers", _smaller_sampling(sampling)):
                 self._run(
                     waiting,
                     sampling,

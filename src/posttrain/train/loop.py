@@ -130,7 +130,7 @@ def _step(
             raise _not_finite(batch, loss, norm, step, place)
         rate = learning_rate(step, objective.n_steps, s)
         set_learning_rate(optimizer, rate)
-        with must_fit("taking an optimiser step", lambda: _smaller_optimizer(s)):
+        with must_fit("taking an optimiser step", _smaller_optimizer(s)):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         values = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
@@ -150,8 +150,8 @@ def _backward(objective: Objective[Item], batch: StepBatch[Item], s: StageSettin
     """Accumulate gradients of (sum of losses) / count over micro-batches; returns the loss."""
     total = 0.0
     for micro in micro_batches(batch.items, s.micro_batch_tokens):
-        longest = micro[0].tree.n_tokens
-        with must_fit(f"training on {sum(i.tree.n_tokens for i in micro):,} tokens", lambda: _smaller_pass(s, longest)):
+        n_tokens = sum(item.tree.n_tokens for item in micro)
+        with must_fit(f"training on {n_tokens:,} tokens", _smaller_pass(s, micro[0].tree.n_tokens)):
             part = objective.loss(micro)
             (part.total / batch.count).backward()
         total += float(part.total.detach())
@@ -200,7 +200,7 @@ def _evaluate(
     s: StageSettings,
 ) -> dict[str, Any] | None:
     """Add the evaluation's figures to `values`; keep the weights when they are the best so far."""
-    with must_fit("evaluating", lambda: _smaller_pass(s, 0)):
+    with must_fit("evaluating", _smaller_pass(s, 0)):
         evaluation: Evaluation | None = objective.evaluate()
     if evaluation is None:
         return best

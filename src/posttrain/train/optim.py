@@ -17,7 +17,7 @@ RATIO = "lr_ratio"  # a group's learning rate is the schedule's times this
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], s: StageSettings) -> torch.optim.Optimizer:
-    """AdamW. Matrices decay; vectors (norms, biases) do not. With LoRA+ the matrices B, and vectors, have a higher rate."""
+    """AdamW. Matrices decay; vectors (norms, biases) do not. With LoRA+, B and vectors learn at a higher rate."""
     ratio = s.lora.loraplus_lr_ratio if s.adapter != "none" and s.lora.loraplus else 1.0
     kind = optimizer_class(s)
     extra = {"fused": True} if kind is torch.optim.AdamW else {}
