@@ -17,7 +17,7 @@ from posttrain.models.memory import is_out_of_memory, must_fit
 from posttrain.models.merge import MERGE_BOUND, merged_state, save_adapter
 from posttrain.models.padded import build_padded
 from posttrain.models.policy import Policy, stock_attention
-from posttrain.models.quantised import hold_still, quantisation, refuse_unquantised, shell
+from posttrain.models.quantised import hold_still, quantisation, refuse_misread, refuse_unquantised, shell
 from posttrain.records import Branch, Tree
 
 # Largest log-probability difference between forest and padded rows on random tokens that passes the probe.
@@ -66,6 +66,7 @@ def load_policy(source: str, options: LoadOptions = DEFAULT_OPTIONS) -> Policy:
     if options.quantised:
         refuse_unquantised(model)
         hold_still(model)
+        refuse_misread(model)
     model.config.use_cache = False
     policy = Policy(model, tokenizer, autocast=compute if compute != kept else None)
     if unused := sorted(found["unexpected_keys"]):

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from posttrain.errors import DoesNotFit, ModelError
 
+QLORA, NOT_QLORA = "adapter: qlora", "use adapter: lora, which keeps the base in 16 or 32 bits"
+SAME_READING = 0.01  # of the largest weight: bfloat16 rounds by 0.4 %
 OLDEST = (0, 50)  # the first whose CPU side was tried
 
 
@@ -37,7 +39,7 @@ def bitsandbytes(asked: str, instead: str) -> Any:
 
 def quantisation(compute: torch.dtype) -> Any:
     """What transformers' loader is told: weights of linear layers in NF4, products in `compute`."""
-    bitsandbytes("adapter: qlora", "use adapter: lora, which keeps the base in 16 or 32 bits")
+    bitsandbytes(QLORA, NOT_QLORA)
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -84,6 +86,36 @@ def refuse_unquantised(model: Any) -> None:
             "experts are stacked in tensors that bitsandbytes does not know.",
             remedy="Use adapter: lora.",
         )
+
+
+@torch.no_grad()
+def refuse_misread(model: Any) -> None:
+    """Read one layer of each shape with plain arithmetic too: a kernel may take the wrong scales for some shapes."""
+    seen: set[tuple[int, ...]] = set()
+    for name, module in model.named_modules():
+        if not is_quantised(module) or (shape := tuple(module.weight.quant_state.shape)) in seen:
+            continue
+        seen.add(shape)
+        ours, theirs = _read(module.weight), full_weight(module).float()
+        gap = float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-12))
+        if not gap <= SAME_READING:
+            raise ModelError(
+                f"adapter: qlora: bitsandbytes {version('bitsandbytes')} misreads 4-bit weights of shape {shape} on "
+                f"this device (off by {gap:.0%}), e.g. {name}.",
+                remedy="Use adapter: lora; or a GPU, or a model whose layers have inputs divisible by 64.",
+            )
+
+
+def _read(packed: Any) -> Tensor:
+    """NF4 by its definition: two levels to a byte, the first in the high half, and a scale for each block."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    state = packed.quant_state
+    scale = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    pairs = packed.data.flatten().view(torch.uint8).long()
+    levels = state.code.to(pairs.device).float()[torch.stack([pairs >> 4, pairs & 15], dim=1).flatten()]
+    levels = levels[: state.shape.numel()]
+    return (levels * scale.float().repeat_interleave(state.blocksize)[: len(levels)]).view(state.shape)
 
 
 def shell(model: Any) -> Any:
