@@ -62,7 +62,9 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     tiny_base(folder / "base")
     small_data(folder)
     rows(folder / "eval.jsonl", [{"prompt": "Fine?", "completion": "ok"}] * 2)
-    lora = dict(adapter="dora", lora={"r": 4, "loraplus": True}, max_steps=2, learning_rate=1e-3, lr_scheduler_type="linear")
+    lora = dict(
+        adapter="dora", lora={"r": 4, "loraplus": True}, max_steps=2, learning_rate=1e-3, lr_scheduler_type="linear"
+    )
     back = {"retry": {"stage": "2-sft", "max": 1}}
     written = recipe(
         folder,
