@@ -51,18 +51,22 @@ def head_of(model: nn.Module) -> Head:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """logp_N carries gradients; entropy_N (nats, of the distribution at that position) does not."""
+    """logp_N carries gradients; entropy_N (nats, of the distribution at that position) does not. Nor does
+    log_collision_N = log Σ_v p_v², which is there when it was asked for."""
 
     logp_N: Tensor
     entropy_N: Tensor
+    log_collision_N: Tensor | None = None
 
 
-def score(hidden_ND: Tensor, target_N: Tensor, head: Head, *, temperature: float = 1.0) -> Scored:
+def score(
+    hidden_ND: Tensor, target_N: Tensor, head: Head, *, temperature: float = 1.0, collision: bool = False
+) -> Scored:
     """Log-probability and entropy of each target under softmax(logits / temperature)."""
-    logp_N, entropy_N = _Score.apply(
-        hidden_ND, head.weight_VD, head.bias_V, target_N, head.softcap, head.scale, temperature
+    logp_N, entropy_N, log_collision_N = _Score.apply(
+        hidden_ND, head.weight_VD, head.bias_V, target_N, head.softcap, head.scale, temperature, collision
     )
-    return Scored(logp_N, entropy_N)
+    return Scored(logp_N, entropy_N, log_collision_N if collision else None)
 
 
 def _tiles(n: int, vocabulary: int) -> list[slice]:
@@ -80,11 +84,12 @@ def _squash_gradient(logit_NV: Tensor, head: Head, temperature: float) -> Tensor
 
 class _Score(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, softcap, scale, temperature):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, softcap, scale, temperature, collision):  # type: ignore[no-untyped-def]
         head = Head(weight_VD, bias_V, softcap, scale)
         n = hidden_ND.shape[0]
         logp_N = hidden_ND.new_empty(n, dtype=_wide(hidden_ND))
         entropy_N = torch.empty_like(logp_N)
+        collision_N = torch.empty_like(logp_N) if collision else logp_N.new_empty(0)
         needs_hidden = ctx.needs_input_grad[0]
         slope_ND = torch.empty_like(hidden_ND) if needs_hidden else None  # d logp / d hidden
         for tile in _tiles(n, weight_VD.shape[0]):
@@ -94,22 +99,24 @@ class _Score(torch.autograd.Function):
             target = target_N[tile][:, None]
             logp_N[tile] = logit.gather(1, target).squeeze(1) - lse
             entropy_N[tile] = lse - (p * logit).sum(-1)
+            if collision:
+                collision_N[tile] = (2.0 * (logit - lse[:, None])).logsumexp(-1)
             if slope_ND is not None:
                 d_raw = p.neg_().scatter_add_(1, target, torch.ones_like(target, dtype=p.dtype))
                 d_raw = d_raw * _squash_gradient(logit, head, temperature)
                 slope_ND[tile] = d_raw.to(hidden_ND.dtype) @ weight_VD.to(hidden_ND.dtype)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, slope_ND)
         ctx.constants = softcap, scale, temperature
-        ctx.mark_non_differentiable(entropy_N)
-        return logp_N, entropy_N
+        ctx.mark_non_differentiable(entropy_N, collision_N)
+        return logp_N, entropy_N, collision_N
 
     @staticmethod
-    def backward(ctx, grad_N, _entropy):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_N, _entropy, _collision):  # type: ignore[no-untyped-def]
         hidden_ND, weight_VD, bias_V, target_N, slope_ND = ctx.saved_tensors
         softcap, scale, temperature = ctx.constants
         grad_hidden = slope_ND * grad_N[:, None].to(slope_ND.dtype) if slope_ND is not None else None
         if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-            return grad_hidden, None, None, None, None, None, None
+            return grad_hidden, None, None, None, None, None, None, None
         head = Head(weight_VD, bias_V, softcap, scale)
         wide = _wide(hidden_ND)
         grad_weight = torch.zeros_like(weight_VD, dtype=wide)
@@ -126,5 +133,5 @@ class _Score(torch.autograd.Function):
             grad_hidden,
             grad_weight.to(weight_VD.dtype),
             grad_bias.to(bias_V.dtype) if grad_bias is not None else None,
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
