@@ -159,7 +159,7 @@ def test_choosing_the_best_needs_several_measurements() -> None:
     assert load(text + "      eval_steps: 5\n").stages[0].settings.eval_steps == 5
 
 
-@pytest.mark.parametrize("method", ["dpo", "grpo"])
+@pytest.mark.parametrize("method", ["dpo", "kto", "simpo", "cpo", "grpo"])
 def test_preference_and_rl_need_sft_first_unless_allowed(method: str) -> None:
     rewards = "      rewards: [math]\n" if method == "grpo" else ""
     text = f"name: a\nmodel: m\nstages:\n  - {method}:\n      datasets: [{{path: pairs.jsonl}}]\n{rewards}"
@@ -370,7 +370,7 @@ def test_diff_reads_like_a_sentence() -> None:
 def test_the_schema_knows_every_method_and_refuses_unknown_keys() -> None:
     schema = json_schema()
     methods = [next(iter(choice["properties"])) for choice in schema["properties"]["stages"]["items"]["oneOf"]]
-    assert methods == ["sft", "dpo", "grpo"]
+    assert methods == ["sft", "dpo", "kto", "simpo", "cpo", "orpo", "grpo"]
     assert {"name", "model", "stages"} == set(schema["required"])
     assert {"name", "model", "seed", "chat_template", "register", "stages"} == set(schema["properties"])
     assert all(schema["$defs"][name]["additionalProperties"] is False for name in ("SFTSettings", "LoraSettings"))

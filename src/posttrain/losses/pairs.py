@@ -35,7 +35,8 @@ class PairLogps:
     def of(cls, logp_B: Tensor, tokens_B: Tensor, whole_B: Tensor | None = None) -> PairLogps:
         """From answers laid chosen, rejected, chosen, rejected, …"""
         whole = whole_B.view(-1, 2)[:, 0] if whole_B is not None else None
-        return cls(*logp_B.view(-1, 2).unbind(1), *tokens_B.view(-1, 2).unbind(1), chosen_whole=whole)
+        (chosen, rejected), (chosen_tokens, rejected_tokens) = (x.view(-1, 2).unbind(1) for x in (logp_B, tokens_B))
+        return cls(chosen, rejected, chosen_tokens, rejected_tokens, whole)
 
     @property
     def n(self) -> int:
@@ -43,9 +44,7 @@ class PairLogps:
 
     def per_token(self) -> PairLogps:
         """The same with token means in place of sums."""
-        return replace(
-            self, chosen=self.chosen / self.chosen_tokens, rejected=self.rejected / self.rejected_tokens
-        )
+        return replace(self, chosen=self.chosen / self.chosen_tokens, rejected=self.rejected / self.rejected_tokens)
 
 
 def log_ratios(policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:

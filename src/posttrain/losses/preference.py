@@ -73,7 +73,7 @@ def ipo(
     divergence: Divergence = reverse_kl,
     weight_P: Tensor | None = None,
 ) -> LossSum:
-    """(d − 1/(2β))² (Azar et al. 2023, eq. 17; β is its τ). `length_normalized`: f'(c)/|c| − f'(r)/|r| in place of d."""
+    """(d − 1/(2β))² (Azar et al. 2023, eq. 17; β is its τ); `length_normalized`: d = f'(c)/|c| − f'(r)/|r|."""
     c_P, r_P = log_ratios(policy, reference)
     chosen_P, rejected_P = divergence(c_P), divergence(r_P)
     if length_normalized:
@@ -134,18 +134,14 @@ def discopop(
     return pair_sum(loss_P, beta * c_P, beta * r_P, weight_P)
 
 
-def nca_pair(
-    policy: PairLogps, reference: PairLogps | None, *, beta: float, weight_P: Tensor | None = None
-) -> LossSum:
+def nca_pair(policy: PairLogps, reference: PairLogps | None, *, beta: float, weight_P: Tensor | None = None) -> LossSum:
     """−log σ(βc) − ½ log σ(−βc) − ½ log σ(−βr) (Chen et al. 2024, NCA, for pairs)."""
     c_P, r_P = (beta * x for x in log_ratios(policy, reference))
     loss_P = -F.logsigmoid(c_P) - 0.5 * F.logsigmoid(-c_P) - 0.5 * F.logsigmoid(-r_P)
     return pair_sum(loss_P, c_P, r_P, weight_P)
 
 
-def bco_pair(
-    policy: PairLogps, reference: PairLogps | None, *, beta: float, weight_P: Tensor | None = None
-) -> LossSum:
+def bco_pair(policy: PairLogps, reference: PairLogps | None, *, beta: float, weight_P: Tensor | None = None) -> LossSum:
     """−log σ(βc) − log σ(−βr) (Jung et al. 2024, BCO, without its running shift of the reward)."""
     c_P, r_P = (beta * x for x in log_ratios(policy, reference))
     return pair_sum(-F.logsigmoid(c_P) - F.logsigmoid(-r_P), c_P, r_P, weight_P)
@@ -160,26 +156,20 @@ def sppo_hard(
     return pair_sum(loss_P, beta * c_P, beta * r_P, weight_P)
 
 
-def apo_zero(
-    policy: PairLogps, reference: PairLogps | None, *, beta: float, weight_P: Tensor | None = None
-) -> LossSum:
+def apo_zero(policy: PairLogps, reference: PairLogps | None, *, beta: float, weight_P: Tensor | None = None) -> LossSum:
     """1 − σ(βc) + σ(βr): chosen up, rejected down (D'Oosterlinck et al. 2024, eq. 7)."""
     c_P, r_P = (beta * x for x in log_ratios(policy, reference))
     return pair_sum(torch.sigmoid(-c_P) + torch.sigmoid(r_P), c_P, r_P, weight_P)
 
 
-def apo_down(
-    policy: PairLogps, reference: PairLogps | None, *, beta: float, weight_P: Tensor | None = None
-) -> LossSum:
+def apo_down(policy: PairLogps, reference: PairLogps | None, *, beta: float, weight_P: Tensor | None = None) -> LossSum:
     """σ(βc) + 1 − σ(β(c − r)): both down, rejected further, where the model is better than its data
     (D'Oosterlinck et al. 2024, eq. 8)."""
     c_P, r_P = (beta * x for x in log_ratios(policy, reference))
     return pair_sum(torch.sigmoid(c_P) + torch.sigmoid(r_P - c_P), c_P, r_P, weight_P)
 
 
-def aot(
-    policy: PairLogps, reference: PairLogps | None, *, beta: float, label_smoothing: float = 0.0
-) -> LossSum:
+def aot(policy: PairLogps, reference: PairLogps | None, *, beta: float, label_smoothing: float = 0.0) -> LossSum:
     """Smoothed −log σ(βδ), δ = the sorted log π(c)/π(r) less the sorted log π_ref(c)/π_ref(r) (Melnyk et al. 2024, AOT
     for pairs). The sort runs over all pairs given: give it the whole batch."""
     assert reference is not None

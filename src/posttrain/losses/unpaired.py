@@ -38,7 +38,7 @@ def kto(
 ) -> LossSum:
     """Good: w_D (1 − σ(β(x − z0))); bad: w_U (1 − σ(β(z0 − x))) (Ethayarajh et al. 2024).
 
-    `reference` (R,): the reference's log-probs of the same answers. z0 is a constant of the whole batch (`kl_baseline`).
+    `reference` (R,): the reference's log-probs of the same answers. z0 belongs to the whole batch: see `kl_baseline`.
     """
     x_R = policy.logp - reference
     sign_R = policy.good.to(x_R.dtype) * 2 - 1
