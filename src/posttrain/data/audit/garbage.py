@@ -17,6 +17,7 @@ SYMBOLS_FROM = 50  # characters without white space
 SYMBOLS_SHARE = 0.2  # fewer letters and digits than this: not prose, not code
 REPEATS_FROM = 500  # bytes
 REPEATS_RATIO = 0.1  # compressed to less: the same words over and over
+RARE = "rare characters"
 RARE_ROWS = 0.01  # a character that stands in fewer rows is rare in this data
 RARE_SHARE = 0.2  # of the characters of a row
 RARE_FROM_ROWS = 200  # fewer rows do not say what is rare
@@ -34,7 +35,7 @@ def garbage_rows(looks: Sequence[Look]) -> dict[str, tuple[str, ...]]:
         for name in dict.fromkeys(name for text in _texts(look) for name in garbage(text)):
             found.setdefault(name, []).append(look.id)
     if strange := rare([(look.id, "".join(_texts(look))) for look in looks]):
-        found["characters rare in this data"] = strange
+        found[RARE] = strange
     return {name: tuple(ids) for name, ids in found.items()}
 
 

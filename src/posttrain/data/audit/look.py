@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from posttrain.records import Example, Message, Pair, Rated, Row, Stepwise, Task
 
+NONE: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True, slots=True)
 class Look:
@@ -30,20 +32,20 @@ def look(row: Row) -> Look:
         if row.text is not None:
             return Look(row.id, "", (row.text,), (), 0, False, ("text", row.text.strip()))
         context: tuple[Message, ...] = row.messages
-        answers, rejected = _said(m for m in context if m.train is not False), ()
+        answers, rejected = _said(m for m in context if m.train is not False), NONE
         key: tuple[object, ...] = (_key(context), row.tools)
     elif isinstance(row, Pair):
         context = row.prompt + row.chosen
         answers, rejected = _said(row.chosen), _said(row.rejected)
         key = (_key(row.prompt), _key(row.chosen), _key(row.rejected), row.tools)
     elif isinstance(row, Rated):
-        context, answers, rejected = row.prompt + row.completion, _said(row.completion), ()
+        context, answers, rejected = row.prompt + row.completion, _said(row.completion), NONE
         key = (_key(context), row.good, row.tools)
     elif isinstance(row, Stepwise):
-        context, answers, rejected = row.prompt, ("\n".join(row.steps),), ()
+        context, answers, rejected = row.prompt, ("\n".join(row.steps),), NONE
         key = (_key(context), row.steps, row.labels)
     else:
-        context, answers, rejected = row.prompt, (), ()
+        context, answers, rejected = row.prompt, NONE, NONE
         key = (_key(context), row.answer, row.tools)
     return Look(
         id=row.id,

@@ -21,8 +21,7 @@ PREAMBLES = {
     "of course": re.compile(r"(?i)^(?:yes, )?of course[,!.:—–]"),
     "absolutely": re.compile(r"(?i)^(?:yes, )?(?:absolutely|definitely)[,!.:—–]"),
     "okay": re.compile(r"(?i)^(?:okay|ok|alright|all right)[,!.:—–]"),
-    "great question": re.compile(r"(?i)^(?:that(?:'|’)?s|that is|what)? ?an? ?(?:great|good|excellent|interesting) question|"
-                                 r"^(?:great|good|excellent|interesting) question"),
+    "great question": re.compile(r"(?i)^(?:(?:that(?:'|’)?s|that is|what) an? )?(?:great|good|excellent) question"),
     "happy to help": re.compile(r"(?i)^i(?:'|’)?(?:d| would|(?:'|’)?m| am) (?:be )?(?:happy|glad|delighted) to"),
     "here is": re.compile(r"(?i)^here(?:(?:'|’)s| is| are)\b"),
     "as an AI": re.compile(r"(?i)^as an? (?:ai|artificial intelligence|(?:large )?language model)\b"),
@@ -55,7 +54,7 @@ UNENDED = ",;:([{–—-"  # besides letters and digits
 
 @dataclass(frozen=True, slots=True)
 class Preambles:
-    """`kinds`: answers per way to open; `opened`: the share with any of them; `openings`: first words, most frequent."""
+    """`kinds`: answers per way to open; `opened`: the share with any; `openings`: first words, most frequent first."""
 
     opened: Measured
     kinds: Mapping[str, int]
