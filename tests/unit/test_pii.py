@@ -77,20 +77,13 @@ FRAMES = [
     "{}", "- {}", "**{}**", "Write to {} today.", "See {}, please", "({})", "<b>{}</b>", '{{"contact": "{}"}}',
     "Here: {}\nThanks",
 ]  # fmt: skip
-    "{}",
-    "- {}",
-    "**{}**",
-    "Write to {} today.",
-    "See {}, please",
-    "({})",
-    "<b>{}</b>",
-    '{{"contact": "{}"}}',
-    "Here: {}\nThanks",
-]
 # A number that only the words before it make one to call.
 CUED = [
-        ("Call 555 0123 now", "555 0123"), ("my phone number is 5550123.", "5550123"), ("Fax: 089 12345", "089 12345"),
-        ("his number is 555-0123", "555-0123")]  # fmt: skip
+    ("Call 555 0123 now", "555 0123"),
+    ("my phone number is 5550123.", "5550123"),
+    ("Fax: 089 12345", "089 12345"),
+    ("his number is 555-0123", "555-0123"),
+]
 ASSIGNED = "API_KEY = '{}'", 'password: "{}"', "AWS_SECRET_ACCESS_KEY={}", '"auth_token": "{}"'
 INNOCENT = """\
 She sold 48/2 = <<48/2=24>>24 clips and paid $1,250.75, or 12345678 cents.
