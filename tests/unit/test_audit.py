@@ -157,6 +157,7 @@ def test_refusals_are_said_at_once(answer: str, refused: bool) -> None:
         ("Buy this:\n- a large kettle that is made of copper and has a lid", False),
         ("Run this:\n```\nfor each of the items in the list do nothing at all\n```", False),
         ("She has 3 apples and 4 pears and so on and on\n#### 7", False),
+        ("So the number of kettles that stand on the stove is 42", False),
         ("A kettle is a vessel that you boil the water in 🙂", False),
     ],
 )
