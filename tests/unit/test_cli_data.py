@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ from data_help import shared, write_rows
 
 from posttrain.cli import main
 
+SOURCE = Path(__file__).parents[2] / "src"
 ENGLISH = "The train to the coast leaves at noon, and we should be at the station earlier."
 GERMAN = "Der Zug an die Küste fährt um zwölf Uhr ab, und wir sollten früher am Bahnhof sein."
 ROWS = [
@@ -179,7 +181,7 @@ def test_filter_of_pairs_drops_what_their_format_drops(capsys: pytest.CaptureFix
     write_rows(folder / "pairs.jsonl", pairs)
     report = said(capsys, "data", "filter", "pairs.jsonl", "--out", "p.jsonl.gz", "--pii", "report", "--json")
     assert report["dropped"] == {"chosen and rejected identical": 1}
-    assert [json.loads(line) for line in gzip.open("p.jsonl.gz", "rt")] == pairs[1:]
+    assert [json.loads(line) for line in gzip.decompress(Path("p.jsonl.gz").read_bytes()).splitlines()] == pairs[1:]
 
 
 def split(capsys: pytest.CaptureFixture[str], file: str, *words: str) -> Any:
@@ -215,7 +217,8 @@ def test_split_is_the_same_in_another_process_and_after_rows_are_added(
     held_out = [row["prompt"] for row in lines("e.jsonl")]
     command = [sys.executable, "-m", "posttrain", "data", "split", "many.jsonl", "--eval", "0.2"]
     outs = ["--out-train", "t2.jsonl", "--out-eval", "e2.jsonl", "--json"]
-    again = json.loads(subprocess.run(command + outs, capture_output=True, check=True, text=True).stdout)
+    env = {**os.environ, "PYTHONPATH": str(SOURCE), "PYTHONHASHSEED": "11"}
+    again = json.loads(subprocess.run(command + outs, capture_output=True, check=True, text=True, env=env).stdout)
     assert again["eval"]["sha256_of_rows"] == first["eval"]["sha256_of_rows"]
     more = [{"prompt": f"And how many pans are {i}?", "completion": "some"} for i in range(100)]
     write_rows(folder / "many.jsonl", more + found[::-1])
