@@ -14,7 +14,7 @@ from posttrain.data.ledger import Bucket, Ledger, fit
 from posttrain.data.render import Renderer
 from posttrain.errors import DataError, ModelError
 from posttrain.models.policy import Policy
-from posttrain.records import Example, Message, Pair, Task, Tree
+from posttrain.records import Example, Message, Pair, Rated, Task, Tree
 from posttrain.registry.files import writing
 from posttrain.reporting import Reporter
 from posttrain.settings import StageSettings
@@ -31,6 +31,7 @@ class Stage:
     place: Place
     reporter: Reporter
     held_out: Sequence[tuple[str, str]]  # (id, prompt text) of the gate's items: never to be trained on
+    reference: Callable[[], Policy] | None = None  # loads the reference where it is not the model the stage starts from
 
     @property
     def name(self) -> str:
@@ -116,7 +117,7 @@ def prompt_text(messages: Iterable[Message]) -> str:
     return "\n".join(m.content for m in messages if m.role == "user")
 
 
-def _asked(row: Example | Pair | Task) -> str:
+def _asked(row: Example | Pair | Rated | Task) -> str:
     if isinstance(row, Example):
         return row.text if row.text is not None else prompt_text(row.messages)
     return prompt_text(row.prompt)

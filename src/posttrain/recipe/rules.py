@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.recipe.faults import show
+from posttrain.recipe.rules_preference import PREFERENCE_RULES
 from posttrain.recipe.yaml_lines import KeyPath, key_name
-from posttrain.settings import FilterSettings, RetryPolicy, StageSettings
+from posttrain.settings import METHODS, FilterSettings, RetryPolicy, StageSettings
 from posttrain.settings.filters import LANGUAGES
+from posttrain.settings.preference import BETA, loss_names
 
 
 @dataclass(frozen=True)
@@ -273,6 +275,7 @@ RULES = (
     Rule("max_completion_length", ("max_length",), _no_room_for_prompt),
     Rule("rewards", (), _misshapen_rewards),
     Rule("on_overflow", (), _cut_prompts),
+    *(Rule(*rule) for rule in PREFERENCE_RULES),
 )
 
 
@@ -303,6 +306,8 @@ class Usual:
             return None
         if self.key == "num_train_epochs" and settings.max_steps is not None:
             return None
+        if self.key == "beta" and set(BETA) & set(loss_names(getattr(settings, "loss_type", []))):
+            return None  # these losses mean another scale by it
         value: Any = settings
         for part in self.key.split("."):
             value = getattr(value, part)
@@ -323,15 +328,15 @@ USUAL = (
           "larger batches leave few steps for the same rows"),
     Usual(("sft",), "max_length", 2048, 8192, "long answers would not fit, and the model never learns to write them",
           "memory and time grow with rows that are seldom that long"),
-    Usual(("sft", "dpo", "grpo"), "lora.r", 16, 64, "a small adapter may be too narrow for a new behaviour",
+    Usual(tuple(METHODS), "lora.r", 16, 64, "a small adapter may be too narrow for a new behaviour",
           "a large adapter costs memory and seldom learns more", adapter="lora"),
-    Usual(("dpo",), "beta", 0.1, 0.3, "the policy drifts far from its reference",
+    Usual(("dpo", "kto"), "beta", 0.1, 0.3, "the policy drifts far from its reference",
           "the policy is held at its reference and learns next to nothing", for_large_models=False),
-    Usual(("dpo",), "learning_rate", 1e-7, 2e-6, "preferences then hardly move the model",
+    Usual(("dpo", "kto"), "learning_rate", 1e-7, 2e-6, "preferences then hardly move the model",
           "full preference training at this rate breaks the answers SFT taught", adapter="none"),
-    Usual(("dpo",), "learning_rate", 1e-6, 2e-5, "preferences then hardly move the adapter",
+    Usual(("dpo", "kto"), "learning_rate", 1e-6, 2e-5, "preferences then hardly move the adapter",
           "preference training at this rate breaks the answers SFT taught", adapter="lora"),
-    Usual(("dpo",), "num_train_epochs", 1, 2, "part of the pairs is never seen",
+    Usual(("dpo", "kto", "simpo", "cpo"), "num_train_epochs", 1, 2, "part of the pairs is never seen",
           "more passes push both answers down and learn pairs by heart"),
     Usual(("grpo",), "num_generations", 8, 16, "a small group gives a noisy baseline, and more groups have no spread",
           "nearly all time goes into sampling", for_large_models=False),
