@@ -1,0 +1,196 @@
+"""Rows that say the same again: letter for letter (but for white space), or nearly so.
+
+The first row stays. A later one is a near-duplicate of it when every part of the two is near: see `minhash`. Rows that
+meet there are compared shingle by shingle, so nothing that is less alike than the threshold is taken out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.data.hygiene.minhash import COLUMNS, bands, jaccard, rows_per_band, shingles, signatures
+from posttrain.data.hygiene.passages import said
+from posttrain.data.hygiene.text import U64, mixed, plain
+from posttrain.records import Example, Message, Pair, Rated, Row, Stepwise, Task
+
+NEAR = 0.8
+SHINGLE = 3
+CHUNK = 512
+# Signatures of 128 columns estimate a Jaccard index to ±0.035; what is estimated far too low is not compared at all.
+SLACK = 0.16
+
+Read = Callable[[], Iterable["Content"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A row as duplicates see it: its parts and, where it has one, the label that must agree as well."""
+
+    id: str
+    source: str
+    parts: tuple[str, ...]
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """A row that repeats an earlier one. `jaccard` is the least over the parts; None: letter for letter the same."""
+
+    id: str
+    of: str
+    jaccard: float | None = None
+
+    def __str__(self) -> str:
+        return f"duplicate of {self.of}" if self.jaccard is None else f"near-duplicate of {self.of} ({self.jaccard:.2f})"
+
+
+def content(row: Row) -> Content:
+    """What makes two rows the same: prompt and answer; of pairs prompt, chosen and rejected; of tasks prompt and gold
+    answer. Other columns do not count, marks of what is trained neither."""
+    source = row.id.rpartition(":")[0]
+    match row:
+        case Example(text=str(text)):
+            return Content(row.id, source, (text,))
+        case Example():
+            asked = [m for m in row.messages if m.role != "assistant"]
+            answered = [m for m in row.messages if m.role == "assistant"]
+            return Content(row.id, source, (_text(asked, row.tools), _text(answered)))
+        case Pair():
+            return Content(row.id, source, (_text(row.prompt, row.tools), _text(row.chosen), _text(row.rejected)))
+        case Rated():
+            parts = (_text(row.prompt, row.tools), _text(row.completion))
+            return Content(row.id, source, parts, "good" if row.good else "bad")
+        case Stepwise():
+            labels = "".join("+" if label else "-" for label in row.labels)
+            return Content(row.id, source, (_text(row.prompt), "\n\n".join(row.steps)), labels)
+        case Task():
+            return Content(row.id, source, (_text(row.prompt, row.tools), row.answer or ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """When two rows are the same. `near`: the least Jaccard index of shingles of `shingle` words; None: exact ones
+    only. `across`: also when they come from different sources."""
+
+    near: float | None = NEAR
+    shingle: int = SHINGLE
+    across: bool = True
+    ignore_case: bool = False
+
+
+def digest(row: Content, *, across: bool = True, ignore_case: bool = False) -> bytes:
+    """16 bytes that exact duplicates have in common."""
+    parts = [plain(part, ignore_case=ignore_case) for part in row.parts]
+    text = "\x1f".join(("" if across else row.source, row.label, *parts))
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def find_duplicates(
+    read: Read, rules: Rules, without: Collection[str] = ()
+) -> dict[str, Duplicate]:
+    """Every row that repeats an earlier one, by id. `read` starts reading anew each time: near-duplicates take a second
+    look. Rows in `without` are not there at all. Memory: about 300 bytes a row, and the shingles of rows that meet."""
+    scan = _Scan(rules)
+    for chunk in _chunks(row for row in read() if row.id not in without):
+        scan.add(chunk)
+    found = {scan.ids[j]: Duplicate(scan.ids[j], scan.ids[i]) for j, i in scan.exact.items()}
+    if rules.near is not None:
+        found |= {near.id: near for near in _near(scan, read, rules.near, rules.shingle)}
+    return found
+
+
+class _Scan:
+    """The first look: exact duplicates, and what is needed to see which of the other rows meet."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._rules = rules
+        self._first: dict[bytes, int] = {}
+        self.ids: list[str] = []
+        self.exact: dict[int, int] = {}  # row: the first that says the same
+        self._row: list[int] = []  # of the rows below, their place in `ids`
+        self._bands: list[U64] = []
+        self._low_bits: list[NDArray[np.uint8]] = []
+
+    def add(self, chunk: Sequence[Content]) -> None:
+        fresh = []
+        for row in chunk:
+            at = len(self.ids)
+            self.ids.append(row.id)
+            key = digest(row, across=self._rules.across, ignore_case=self._rules.ignore_case)
+            if (first := self._first.setdefault(key, at)) != at:
+                self.exact[at] = first
+            else:
+                fresh.append((at, row))
+        if self._rules.near is None:
+            return
+        for n_parts in {len(row.parts) for _, row in fresh}:
+            self._sign([(at, row) for at, row in fresh if len(row.parts) == n_parts])
+
+    def _sign(self, rows: Sequence[tuple[int, Content]]) -> None:
+        assert self._rules.near is not None
+        signed = signatures([[shingles(part, self._rules.shingle) for part in row.parts] for _, row in rows])
+        value_RB = bands(signed, rows_per_band(self._rules.near))
+        apart = [f"{len(row.parts)} {row.label} {'' if self._rules.across else row.source}" for _, row in rows]
+        salt_R = np.asarray([int.from_bytes(blake2b(a.encode(), digest_size=8).digest()) for a in apart], np.uint64)
+        self._row += [at for at, _ in rows]
+        self._bands.append(mixed(value_RB ^ salt_R[:, None]))
+        self._low_bits.append(signed.astype(np.uint8))
+
+    def meeting(self) -> tuple[dict[int, list[int]], NDArray[np.uint8]]:
+        """Rows that share a band with others, in order: the row's place in `ids` and the groups it meets others in.
+        Beside them the low bits of their signatures, one line each."""
+        if not self._bands:
+            return {}, np.zeros((0, COLUMNS), np.uint8)
+        row_R, value_RB = np.asarray(self._row), np.concatenate(self._bands)
+        in_order = np.argsort(row_R)  # rows of one chunk are signed by number of parts
+        row_R, value_RB = row_R[in_order], value_RB[in_order]
+        shared: dict[int, list[int]] = defaultdict(list)
+        n_groups = 0
+        for value_R in value_RB.T:
+            _, group_R, size = np.unique(value_R, return_inverse=True, return_counts=True)
+            for at in np.flatnonzero(size[group_R] > 1).tolist():
+                shared[at].append(n_groups + int(group_R[at]))
+            n_groups += len(size)
+        meeting = sorted(shared)
+        low_bits = np.concatenate(self._low_bits)[in_order][meeting]
+        return {int(row_R[at]): shared[at] for at in meeting}, low_bits
+
+
+def _near(scan: _Scan, read: Read, near: float, size: int) -> Iterator[Duplicate]:
+    """Rows that meet an earlier one which stays, and are near it. The earliest is named."""
+    groups_of, low_bits = scan.meeting()
+    if not groups_of:
+        return
+    line_of = {row: line for line, row in enumerate(groups_of)}
+    wanted = {scan.ids[row] for row in groups_of}
+    parts_of = {
+        row.id: [np.unique(shingles(part, size)) for part in row.parts] for row in read() if row.id in wanted
+    }
+    staying: dict[int, list[int]] = defaultdict(list)  # group: its rows that stay
+    for j, groups in groups_of.items():
+        earlier = sorted({i for group in groups for i in staying[group]})
+        alike_E = (low_bits[[line_of[i] for i in earlier]] == low_bits[line_of[j]]).mean(axis=1)
+        for i in (i for i, alike in zip(earlier, alike_E.tolist(), strict=True) if alike >= near - SLACK):
+            least = min(map(jaccard, parts_of[scan.ids[j]], parts_of[scan.ids[i]]))
+            if least >= near:
+                yield Duplicate(scan.ids[j], scan.ids[i], least)
+                break
+        else:
+            for group in groups:
+                staying[group].append(j)
+
+
+def _chunks(rows: Iterable[Content]) -> Iterator[list[Content]]:
+    source = iter(rows)
+    return iter(lambda: list(islice(source, CHUNK)), [])
+
+
+def _text(messages: Sequence[Message], tools: Sequence[str] = ()) -> str:
+    return "\n\n".join((*(f"{m.role}: {said(m)}" for m in messages), *tools))
