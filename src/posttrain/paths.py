@@ -16,7 +16,7 @@ def resolve(path: str, base: Path) -> Path:
     """The existing file or folder that `path` names: packaged (`builtin:…`), absolute, or relative to `base`."""
     if path.startswith(BUILTIN):
         return _resolve_builtin(path)
-    found = base / Path(path).expanduser()
+    found = base / expanded(path)
     if not path or not found.exists():
         raise RecipeError(f"{path or 'an empty path'} does not exist in {base}.", remedy=_nearest(found))
     return found
@@ -39,7 +39,15 @@ def builtins() -> list[str]:
 def home_dir(option: str | None = None) -> Path:
     """Where runs, artefacts and the registry live: the option, else POSTTRAIN_HOME, else ./posttrain-home."""
     chosen = option or os.environ.get("POSTTRAIN_HOME") or "posttrain-home"
-    return Path(chosen).expanduser().absolute()
+    return expanded(chosen).absolute()
+
+
+def expanded(path: str) -> Path:
+    """`~` and `~name` as the folders they stand for."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # nobody of that name, or no home at all
+        raise RecipeError(f"{path}: {error}", remedy="Write the folder out.") from None
 
 
 def _resolve_builtin(path: str) -> Path:

@@ -226,6 +226,7 @@ class GateReport:
     gain: float
     gain_interval: Interval
     method: str  # how gain_interval was computed
+    p_value: float  # of the hypothesis that the child is no other than its parent, two-sided
     min_gain: float
     passed: bool
     reasons: tuple[str, ...]
@@ -233,6 +234,7 @@ class GateReport:
     parent_version: str
     child_version: str
     min_score: float | None = None
+    looks: int = 1  # how often the recipe may be judged on these items; the p-value must reach 0.05 / looks
     counts: Mapping[str, int] = field(default_factory=dict)  # scored, cut, checker_failed, timed_out ... per side
 
 

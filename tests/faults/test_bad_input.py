@@ -12,7 +12,7 @@ import pytest
 import yaml
 from small_run import WORDS, dpo, gate, go, grpo, linked, recipe, refused, rows, sft, small_data, tiny_base
 
-from posttrain.errors import EXIT_DATA, EXIT_DOES_NOT_FIT, EXIT_USAGE, GateRefused, PosttrainError
+from posttrain.errors import EXIT_DATA, EXIT_USAGE, GateRefused, PosttrainError
 from posttrain.registry.manifest import read_manifest
 
 QUESTION = "How many hours did {} and the seven other people of the village wait there before it rained at last?"
@@ -123,7 +123,7 @@ FAULTS = [
         "unknown reward",
         (sft(), grpo(rewards=["maths"])),
         EXIT_USAGE,
-        ("recipe.yaml: 2-grpo.rewards[0]: there is no reward 'maths'.", "Did you mean 'math'?"),
+        ("recipe.yaml:23: 2-grpo.rewards[0]: there is no reward 'maths'.", "Did you mean 'math'?"),
     ),
     Fault("empty data", (sft(**data("empty")),), EXIT_DATA, ("empty.jsonl: the file holds no rows.", "Check the path")),
     Fault(
@@ -240,7 +240,7 @@ FAULTS = [
     Fault(
         "unregistered model",
         (sft(),),
-        EXIT_DOES_NOT_FIT,
+        EXIT_USAGE,
         ("no model 'nobody' is registered in", "run a recipe first."),
         (("model", "nobody@champion"),),
     ),

@@ -32,6 +32,7 @@ def a_manifest(**changes: Any) -> Manifest:
 
 def a_report(*, passed: bool = True, child: str = "1") -> GateReport:
     return GateReport(
+        p_value=0.001,
         suite="arith-test",
         kind="accuracy",
         before=Measured(40.0, 200, Interval(0.15, 0.26)),

@@ -202,7 +202,7 @@ BAD_INPUT = [
     (["generate", "a", "--raw", "--prompts", "talk.jsonl"], 3, "talk.jsonl:1: a conversation is no plain text."),
     (["chat", "a", "--home", "items.jsonl"], 5, "items.jsonl: is a file, not a folder."),
     (["models", "list", "--home", "items.jsonl"], 5, "items.jsonl: is a file, not a folder."),
-    (["models", "show", "x"], 5, "no model 'x' is registered"),
+    (["models", "show", "x"], 2, "no model 'x' is registered"),
     (["generat", "a"], 2, "No such command 'generat'"),
     (["generate", "a", "--prompt", "x", "--top-p", "2"], 2, "--top-p"),
 ]

@@ -20,8 +20,9 @@ SOUND = "name: a\nmodel: m\nstages:\n  - sft: {datasets: [{path: rows.jsonl}], g
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("rows.jsonl", "held.yaml"):
-        (tmp_path / name).touch()
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "held.yaml").write_text("name: held\nitems: held.jsonl\nscore: [exact]\n", encoding="utf-8")
+    (tmp_path / "held.jsonl").write_text('{"prompt": "1 + 1?", "answer": "2"}\n', encoding="utf-8")
     (tmp_path / "x.yaml").write_text(SOUND, encoding="utf-8")
     (tmp_path / "bad.yaml").write_text(SOUND.replace("gate", "gaet") + "seed: -1\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -44,6 +45,30 @@ def test_check_tells_every_fault_on_stderr_without_a_traceback(capsys: pytest.Ca
         "bad.yaml:4: sft.gaet is not a key here. Did you mean gate?",
         "bad.yaml:5: seed = -1 must be at least 0.",
     ]
+
+
+def test_check_reads_suites_and_rewards(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "held.yaml").write_text("name: held\nitems: held.jsonl\nscore: [exakt]\n", encoding="utf-8")
+    assert main(["check", "x.yaml"]) == 3
+    assert "held.yaml: rewards[0]: there is no reward 'exakt'. Did you mean 'exact'?" in capsys.readouterr().err
+    grpo = """name: a
+model: m
+stages:
+  - grpo:
+      allow_without_sft: true
+      datasets: [{path: held.jsonl}]
+      rewards:
+        - exact: {extrakt: x}
+"""
+    (folder / "y.yaml").write_text(grpo, encoding="utf-8")
+    assert main(["check", "y.yaml"]) == 2
+    assert "y.yaml:8: 1-grpo.rewards[0]: the reward exact has no option 'extrakt'." in capsys.readouterr().err
+
+
+def test_a_win_rate_that_cannot_be_reached_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "held.yaml").write_text("name: h\nkind: win_rate\nitems: held.jsonl\nscore: [exact]\n", encoding="utf-8")
+    assert main(["check", "x.yaml", "sft.gate.min_gain=0.5"]) == 2
+    assert "a win rate, which exceeds one half by at most 0.5" in capsys.readouterr().err
 
 
 def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

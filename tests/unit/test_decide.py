@@ -77,6 +77,36 @@ def test_no_gain_does_not_pass() -> None:
     assert verdict(same, same, min_gain=-0.2).passed  # "no worse than" is a choice of the recipe
 
 
+def test_a_handful_of_items_shows_nothing() -> None:
+    """5 of 5 turned right: Newcombe's interval lies above 0, and yet chance does it once in 16 (McNemar, two-sided)."""
+    refused = verdict(results(shares(0, 5)), results(shares(5, 5)))
+    assert refused.gain_interval.low > 0
+    assert refused.p_value == pytest.approx(2 / 2**5)
+    assert not refused.passed
+    assert "So few items cannot show it: p = 0.062" in refused.reasons[0]
+    assert verdict(results(shares(0, 6)), results(shares(6, 6))).passed  # p = 2 / 2**6
+    assert verdict(results(shares(0, 5)), results(shares(5, 5)), min_gain=-0.1).passed  # no gain was asked for
+
+
+def test_every_look_at_the_same_items_has_its_share_of_the_five_percent() -> None:
+    before, after = results(shares(0, 6)), results(shares(6, 6))
+    back = {"retry": {"stage": "sft", "max": 1}}
+    twice = verdict(before, after, on_fail=back)
+    assert (twice.looks, twice.passed) == (2, False)
+    assert "at most 0.025 (0.05 over 2 looks at the same items) passes" in twice.reasons[0]
+    assert verdict(results(shares(0, 8)), results(shares(8, 8)), on_fail=back).passed  # p = 2 / 2**8
+
+
+def test_equals_are_treated_alike_where_a_check_failed() -> None:
+    """B's right answer to an item whose check failed for A is no gain, and A's none over B."""
+    wide = suite(40)
+    a = results([None, 1.0, *[0.0] * 38])
+    b = results([1.0, None, *[0.0] * 38])
+    settings = GateSettings(suite="arith.yaml")
+    assert judge(wide, a, b, settings, 1.0, "A", "B", as_equals=True).gain == 0.0
+    assert judge(wide, a, b, settings, 1.0, "A", "B").gain == pytest.approx(-1 / 40)
+
+
 def test_min_score_is_a_second_condition() -> None:
     before, after = results(shares(10)), results(shares(60))
     assert verdict(before, after, min_score=0.6).passed
@@ -307,16 +337,19 @@ def test_the_fingerprint_is_of_the_meaning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (SUITE + "limits: 3\n", r"s\.yaml:8: a suite has no key 'limits'. Did you mean 'limit'"),
-        (SUITE.replace("max_new_tokens", "max_tokens"), r"s\.yaml:7: .*'sampling\.max_tokens'.*max_new_tokens"),
-        (SUITE + "limit: 3\n", r"s\.yaml:8: the key 'limit' stands on line 5 too"),
-        (SUITE.replace("items: rows.jsonl\n", ""), "lacks the key 'items'"),
-        (SUITE.replace("accuracy", "f1"), r"s\.yaml:2: kind = 'f1'"),
+        (SUITE + "limits: 3\n", r"s\.yaml:8: limits is not a key here. Did you mean limit\?"),
+        (
+            SUITE.replace("max_new_tokens", "max_tokens"),
+            r"s\.yaml:7: sampling\.max_tokens is not a key.*max_new_tokens",
+        ),
+        (SUITE + "limit: 3\n", r"s\.yaml:8: limit is set twice in one section, first on line 5"),
+        (SUITE.replace("items: rows.jsonl\n", ""), "items is missing"),
+        (SUITE.replace("accuracy", "f1"), r"s\.yaml:2: kind = .f1. must be"),
         (SUITE.replace("limit: 2", "limit: 0"), r"s\.yaml:5: limit = 0"),
         (SUITE.replace("0.0", "-1"), r"s\.yaml:7: sampling\.temperature = -1"),
         (SUITE.replace("[math]", "[maths]"), r"s\.yaml: rewards\[0\]: there is no reward 'maths'. Did you mean 'math'"),
-        ("- a\n- b\n", "a YAML mapping"),
-        ("", "a YAML mapping"),
+        ("- a\n- b\n", "a section of keys"),
+        ("", "a section of keys"),
         ("name: [", "not YAML"),
     ],
 )

@@ -97,6 +97,20 @@ def test_a_scratch_directory_taken_for_a_leftover_is_made_anew(tmp_path: Path, m
         assert scratch.is_dir()
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_directory_is_exchanged_at_once_where_the_system_can(tmp_path: Path, monkeypatch, at_once: bool) -> None:
+    """In two steps a kill between them would leave nothing under the name."""
+    final = tmp_path / "best"
+    files.write_directory(final, two_files)
+    if at_once:
+        monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("renamed in two steps"))
+    else:
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
+    files.write_directory(final, lambda d: (d / "new.txt").write_text("new") and None, replace=True)
+    assert sorted(p.name for p in final.iterdir()) == ["manifest.json", "new.txt"]
+    assert list(tmp_path.iterdir()) == [final]
+
+
 def test_json_is_replaced_atomically_and_nan_refused(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     files.write_json_atomic(path, {"step": 1, "name": "größer"})

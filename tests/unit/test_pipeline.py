@@ -315,3 +315,11 @@ def test_training_that_changed_nothing_is_refused(place: Path) -> None:
         with pytest.raises(TrainingStopped, match=r"1-grpo ended with the very weights it started from"):
             go(written, place / "home")
     assert not list((place / "home/artefacts/small").iterdir())
+
+
+def test_an_instruct_model_is_declared_once(place: Path, trained: list[str]) -> None:
+    """allow_without_sft on the first stage speaks for the model, so the stages after it need not say it again."""
+    go(recipe(place, dpo(allow_without_sft=True), dpo()), place / "home")
+    assert trained == ["1-dpo", "2-dpo"]
+    with pytest.raises(RecipeError, match=r"grpo\.allow_without_sft is set but never read: the first stage says it"):
+        recipe(place, dpo(allow_without_sft=True), grpo(allow_without_sft=True))

@@ -302,3 +302,12 @@ def _env() -> dict[str, str]:
     import sys
 
     return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
+def test_a_reward_without_a_right_answer_to_show_is_doubted() -> None:
+    tasks = [Task("a:1", (), "4")]
+    with build(["exact", {"format": {"pattern": "Answer: .+"}}]) as mix:
+        doubts = proof.unproven(mix, proof.prove(mix, tasks))
+    assert doubts == [
+        "the reward format was shown no right answer to prove itself on. Give it `example`, which must score 1."
+    ]

@@ -116,6 +116,14 @@ def test_bootstrap_agrees_with_theory_and_with_itself() -> None:
     assert interval != stats.bootstrap_mean(x, seed=4)
 
 
+def test_few_values_get_the_interval_of_student() -> None:
+    """Five values: t(4) = 2.776 standard errors to either side, where percentiles would reach no further than 1.7."""
+    x = [0.2, 0.4, 0.5, 0.6, 0.8]
+    interval = stats.bootstrap_mean(x, seed=0)
+    reach = 2.7764451 * math.sqrt(0.05 / 5)
+    assert close(interval, 0.5 - reach, 0.5 + reach, 1e-6)
+
+
 def test_chunks_do_not_change_the_number_of_resamples() -> None:
     seen: list[int] = []
     stats._resample(lambda rows: seen.append(rows) or np.zeros(rows), 300_000, 10)

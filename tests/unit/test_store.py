@@ -12,7 +12,7 @@ import pytest
 from registry_samples import a_report, an_artefact
 
 import posttrain
-from posttrain.errors import ArtefactError, GateRefused
+from posttrain.errors import ArtefactError, GateRefused, ModelError
 from posttrain.records import ArtefactRef
 from posttrain.registry import tracking
 from posttrain.registry.artefact import attach_gate
@@ -137,7 +137,7 @@ def test_only_a_passed_verdict_promotes(store: ModelStore) -> None:
         store.promote("helper", "3")
     assert caught.value.exit_code == 4
     assert store.get("helper").version == 1
-    with pytest.raises(ArtefactError, match="not set by hand"):
+    with pytest.raises(ModelError, match="not set by hand"):
         store.set_alias("helper", "champion", 2)
     store.set_alias("helper", "candidate", 3)
     assert store.get("helper", "candidate").version == 3
@@ -216,7 +216,7 @@ def test_references_resolve_to_directories(store: ModelStore, tmp_path: Path, mo
 )
 def test_what_cannot_be_found_says_what_is_there(store: ModelStore, ref: str, said: str) -> None:
     store.register("helper", made(store, "1"))
-    with pytest.raises(ArtefactError, match=said):
+    with pytest.raises(ModelError, match=said):
         store.find(ref)
 
 
@@ -237,7 +237,7 @@ def test_a_fresh_home_is_empty_and_stays_untouched(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     fresh = ModelStore(tmp_path / "home")
     assert fresh.entries() == []
-    with pytest.raises(ArtefactError, match="Nothing is registered yet"):
+    with pytest.raises(ModelError, match="Nothing is registered yet"):
         fresh.find("helper")
     assert not fresh.home.exists()
 

@@ -43,7 +43,7 @@ SuiteOption = Annotated[
     str, typer.Option("--suite", metavar="FILE", help="A suite file or builtin:suites/NAME.yaml.", show_default=False)
 ]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]
-TopPOption = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Share of probability to sample from.")]
+TopPOption = Annotated[float, typer.Option("--top-p", min=0.001, max=1.0, help="Share of probability to sample from.")]
 TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Sample from the K likeliest tokens; 0: from all.")]
 MaxNewTokensOption = Annotated[
     int | None,

@@ -79,7 +79,8 @@ def compare(
     found = [locate(model, home_folder(home)) for model in (model_a, model_b)]
     (before, seconds_a), (after, seconds_b) = (_answers(one, judged) for one in found)
     a, b = found
-    report = judge(judged, before, after, GateSettings(suite=suite), round(seconds_a + seconds_b, 2), a.label, b.label)
+    seconds = round(seconds_a + seconds_b, 2)
+    report = judge(judged, before, after, GateSettings(suite=suite), seconds, a.label, b.label, as_equals=True)
     verdict = compared(report)
     if as_json:
         sides = {"a": _identity(a), "b": _identity(b)}

@@ -84,7 +84,7 @@ def locate(name: str, home: Path) -> Located:
         if not (folder / "config.json").is_file():
             raise ModelError(f"{name} is not a model.", remedy=f"The package carries {_builtin_models()}.")
         return Located(name, str(folder))
-    folder = Path(name).expanduser()
+    folder = paths.expanded(name)
     if (folder / "config.json").is_file():
         return _intact(name, folder)
     if name.startswith((".", "/", "~")):

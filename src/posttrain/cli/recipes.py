@@ -1,4 +1,4 @@
-"""Commands that read recipes: check, explain, schema. No model or data is loaded, and torch is not imported."""
+"""Commands that read recipes: check, explain, schema. No model is loaded, and torch is not imported."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from posttrain.cli.common import (
     print_next,
     recipe_and_overrides,
 )
-from posttrain.errors import RecipeError
+from posttrain.errors import PosttrainError
 
 if TYPE_CHECKING:
     from posttrain.recipe import Recipe, Stage
 
 
 def check(words: RecipeWords = None, option: RecipeOption = None, as_json: JsonOption = False) -> None:
-    """Check a recipe: every key, every rule, every file it names."""
+    """Check a recipe: every key, every rule, every file it names, its suites and its rewards."""
+    from posttrain.gate.ahead import read_ahead
     from posttrain.recipe import load_recipe
 
     name, overrides = recipe_and_overrides(words, option, "check")
     try:
         recipe = load_recipe(name, overrides)
-    except RecipeError as error:
+        read_ahead(recipe)
+    except PosttrainError as error:
         if not as_json:
             raise
         print_json({"ok": False, "recipe": name, "faults": _faults_as_json(error)})
@@ -74,7 +76,7 @@ def schema(as_json: JsonOption = False) -> None:
         print_next("posttrain schema > recipe.schema.json", err=True)
 
 
-def _faults_as_json(error: RecipeError) -> list[dict[str, str]]:
+def _faults_as_json(error: PosttrainError) -> list[dict[str, str]]:
     faults = getattr(error, "faults", None)
     if faults is None:
         return [{"where": error.where, "message": f"{error.what} {error.remedy}".strip()}]

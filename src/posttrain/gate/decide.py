@@ -13,9 +13,10 @@ from posttrain.errors import PosttrainError
 from posttrain.gate import stats
 from posttrain.gate.suites import ItemResult, Suite
 from posttrain.records import GateReport, Interval, Measured, Outcome
-from posttrain.settings import GateSettings
+from posttrain.settings import GateSettings, RetryPolicy
 
 MAX_FAILED = 0.05
+ALPHA = 0.05
 SEED = 20_240_229  # of the bootstrap: the same results always give the same verdict
 _FAILED = (Outcome.CHECKER_FAILED, Outcome.TIMED_OUT)
 
@@ -28,14 +29,24 @@ def judge(
     seconds: float,
     parent_version: str,
     child_version: str,
+    *,
+    as_equals: bool = False,
 ) -> GateReport:
-    """Passes if the lower bound of the gain's 95 % interval lies above min_gain and the child reaches min_score."""
+    """Passes if the lower bound of the gain's 95 % interval lies above min_gain and the child reaches min_score.
+
+    Where a gain is asked for (min_gain of 0 or more) the exact test must agree: an interval is too sure of itself on
+    a handful of items. A gate that may send its recipe back judges the same items again, so each look gets its share
+    of the 5 % (Bonferroni).
+
+    `as_equals`: an item whose check failed on either side counts 0 on both, so that neither is favoured.
+    """
     sides = {"parent": before, "child": after}
     for side, results in sides.items():
         _check_side(suite, side, results)
-    b, a = _values(suite, before, after)
+    b, a = _values(suite, before, after, as_equals=as_equals)
     measured_before, measured_after, gain = _measure(suite, b, a)
-    reasons, passed = _verdict(sides, gain, measured_after, settings)
+    looks = _looks(settings)
+    reasons, passed = _verdict(sides, gain, measured_after, settings, ALPHA / looks)
     return GateReport(
         suite=suite.name,
         kind=suite.kind,
@@ -44,6 +55,8 @@ def judge(
         gain=gain.gain,
         gain_interval=gain.interval,
         method=gain.method,
+        p_value=gain.p_value,
+        looks=looks,
         min_gain=settings.min_gain,
         min_score=settings.min_score,
         passed=passed,
@@ -57,6 +70,12 @@ def judge(
             for outcome in Outcome
         },
     )
+
+
+def same_question(report: GateReport, settings: GateSettings) -> bool:
+    """Whether a verdict answers what the gate asks now."""
+    asked = (settings.min_gain, settings.min_score, _looks(settings))
+    return (report.min_gain, report.min_score, report.looks) == asked
 
 
 def measure(suite: Suite, results: Sequence[ItemResult]) -> Measured:
@@ -83,6 +102,10 @@ def compared(report: GateReport) -> str:
     return "B is better" if low > 0.0 else "B is worse" if high < 0.0 else "no difference shown"
 
 
+def _looks(settings: GateSettings) -> int:
+    return 1 + settings.on_fail.retry.max if isinstance(settings.on_fail, RetryPolicy) else 1
+
+
 def _check_side(suite: Suite, side: str, results: Sequence[ItemResult]) -> None:
     """Every item once, in order, all answered by the same weights, every value what its outcome says it is."""
     if [r.item_id for r in results] != [item.id for item in suite.items]:
@@ -98,8 +121,13 @@ def _check_side(suite: Suite, side: str, results: Sequence[ItemResult]) -> None:
             raise PosttrainError(f"the {side} has value {r.value} with outcome {r.outcome.value}.", where=r.item_id)
 
 
-def _values(suite: Suite, before: Sequence[ItemResult], after: Sequence[ItemResult]) -> tuple[list[float], list[float]]:
-    b = [_value(suite, r) for r in before]
+def _values(
+    suite: Suite, before: Sequence[ItemResult], after: Sequence[ItemResult], *, as_equals: bool
+) -> tuple[list[float], list[float]]:
+    b = [
+        0.0 if as_equals and child.outcome in _FAILED else _value(suite, parent)
+        for parent, child in zip(before, after, strict=True)
+    ]
     a = [0.0 if parent.outcome in _FAILED else _value(suite, r) for parent, r in zip(before, after, strict=True)]
     return b, a
 
@@ -135,6 +163,7 @@ def _verdict(
     gain: stats.Paired,
     after: Measured,
     settings: GateSettings,
+    alpha: float,
 ) -> tuple[list[str], bool]:
     """Plain sentences, each with its numbers; the first that speaks against the child decides."""
     against: list[str] = []
@@ -147,6 +176,12 @@ def _verdict(
     enough = gain.interval.low > settings.min_gain
     if not enough:
         against.append(f"The lower bound of {shown} does not lie above {wanted}.")
+    elif settings.min_gain >= 0 and gain.p_value > alpha:
+        share = "" if alpha == ALPHA else f" (0.05 over {round(ALPHA / alpha)} looks at the same items)"
+        against.append(
+            f"So few items cannot show it: p = {gain.p_value:.2g} ({gain.method}), "
+            f"and at most {alpha:.2g}{share} passes."
+        )
     if settings.min_score is not None and after.value < settings.min_score:
         against.append(f"The score {100 * after.value:.1f} % is below the required {100 * settings.min_score:.1f} %.")
     if against:

@@ -130,7 +130,7 @@ def markdown(reports: Sequence[GateReport]) -> str:
 def _method(report: GateReport) -> str:
     troubled = {name: n for name, n in report.counts.items() if n and not name.endswith("_scored")}
     counted = "".join(f", {n} {name.replace('_', ' ')}" for name, n in troubled.items())
-    return f"({report.before.denominator} items{counted}; {report.method}.)"
+    return f"({report.before.denominator} items{counted}; {report.method}, p = {report.p_value:.2g}.)"
 
 
 def _counted(m: Measured) -> str:

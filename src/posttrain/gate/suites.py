@@ -12,7 +12,6 @@ sampling: {temperature: 0.0, max_new_tokens: 96}
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from posttrain.errors import DataError, PosttrainError
+from posttrain.recipe import read_yaml
+from posttrain.recipe.faults import violations
+from posttrain.recipe.yaml_lines import key_name
 from posttrain.records import Completion, Outcome, Sampling, Status, Task
 from posttrain.rewards import mix
 from posttrain.settings import DatasetSettings, Positive, Section, Share
@@ -132,42 +134,26 @@ def _read_tasks(datasets: Sequence[DatasetSettings], resolve: Resolve) -> Sequen
 
 
 def _read_settings(path: Path) -> SuiteSettings:
-    import yaml
-
+    """As strict as a recipe: the same YAML, no unknown or doubled key, no text where a number belongs."""
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise DataError(f"the suite cannot be read: {e.strerror}.", where=str(path)) from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise DataError(f"the suite is not YAML: {e}", where=str(path)) from e
-    if not isinstance(raw, dict) or not isinstance(node, yaml.MappingNode):
-        raise DataError("a suite is a YAML mapping of keys to values.", where=str(path))
-    lines: dict[str, int] = {}
-    for key, _ in node.value:
-        line = key.start_mark.line + 1
-        if key.value in lines:
-            raise DataError(f"the key {key.value!r} stands on line {lines[key.value]} too.", where=f"{path}:{line}")
-        lines[key.value] = line
+    except UnicodeDecodeError as e:
+        raise DataError(f"byte {e.start} of the suite is not UTF-8 text.", where=str(path)) from e
+    for fault in document.faults:
+        raise DataError(fault.message, where=f"{path}:{fault.line}")
+    if not isinstance(document.data, dict):
+        raise DataError("a suite is a section of keys: name, items, score …", where=str(path))
     try:
-        return SuiteSettings.model_validate(raw)
+        return SuiteSettings.model_validate(document.data, strict=True)
     except ValidationError as e:
-        raise _complaint(path, lines, e) from e
-
-
-def _complaint(path: Path, lines: Mapping[str, int], error: ValidationError) -> DataError:
-    """The first fault in words, at its line."""
-    fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"])
-    where = f"{path}:{lines[str(fault['loc'][0])]}" if fault["loc"][0] in lines else str(path)
-    if fault["type"] == "extra_forbidden":
-        known = SuiteSampling.model_fields if len(fault["loc"]) > 1 else SuiteSettings.model_fields
-        close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-        remedy = f"{f'Did you mean {close[0]!r}? ' if close else ''}Known keys: {', '.join(known)}."
-        return DataError(f"a suite has no key {key!r}.", where=where, remedy=remedy)
-    if fault["type"] == "missing":
-        return DataError(f"the suite lacks the key {key!r}.", where=where)
-    return DataError(f"{key} = {fault['input']!r}: {fault['msg']}.", where=where)
+        faults = [
+            (document.line_of(at), f"{key_name(at)}{said}") for at, said in violations(e, document.data, SuiteSettings)
+        ]
+        line, first = min(faults)
+        more = f" ({len(faults) - 1} more below it.)" if len(faults) > 1 else ""
+        raise DataError(f"{first}{more}", where=f"{path}:{line}") from e
 
 
 def _fingerprint(settings: SuiteSettings, items: Sequence[Task]) -> str:

@@ -27,7 +27,7 @@ from posttrain.models.policy import disable_dropout
 from posttrain.models.reference import Reference
 from posttrain.records import Branch, Sampling, Status, Task, Tree
 from posttrain.rewards import mix
-from posttrain.rewards.proof import prove
+from posttrain.rewards.proof import prove, unproven
 from posttrain.rollout.collect import Rollout, collect, figures, refuse_failures
 from posttrain.rollout.local import LocalEngine
 from posttrain.seeds import derive_seed
@@ -170,7 +170,8 @@ def run(stage: Stage, s: GRPOSettings) -> StageResult:
         fitting = {tree.id for tree in kept}
         tasks = [task for task in rows if task.id in fitting]
         held_out, held_out_prompts = _held_out(stage, s)
-        prove(rewards, [*tasks, *held_out])
+        for doubt in unproven(rewards, prove(rewards, [*tasks, *held_out])):
+            stage.reporter.line(f"{stage.name}: warning: {doubt}")
         n_rounds = math.ceil(s.max_steps / s.num_iterations) if s.max_steps else None
         objective = GRPOObjective(
             stage=stage,

@@ -18,7 +18,7 @@ from torch import Tensor
 from posttrain.records import Tree
 
 # Rows join a group while they are at least this share of its longest: padding inside attention stays below it.
-MIN_FILL = 0.75
+MIN_FILL = 0.85
 # and while the group's score matrix stays below this many entries per head.
 MAX_GROUP_SCORES = 1 << 24
 

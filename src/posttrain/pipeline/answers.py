@@ -1,4 +1,7 @@
-"""What models answered to suites, asked once and kept: the same weights are never asked the same twice."""
+"""What models answered to suites, asked once and kept: the same weights are never asked the same twice.
+
+Answers with a failed or timed-out check among them are not kept: the next run may find the machine less busy.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from posttrain import __version__
 from posttrain.data.render import Renderer
 from posttrain.gate.answer import answer_suite, read_answers, write_answers
 from posttrain.gate.suites import ItemResult, Suite
@@ -37,12 +41,13 @@ class Answers:
         if path.exists():
             return read_answers(path)
         results = answer_suite(policy, renderer, self.suite, label, self.reporter)
-        write_answers(path, results)
+        if all(r.value is not None for r in results):
+            write_answers(path, results)
         return results
 
     def _path(self, weights: str) -> Path:
         """`weights` identifies the model: an artefact's fingerprint or a base model's hash."""
         key = hashlib.sha256(
-            f"{weights}\n{self.suite.fingerprint}\n{self.template}\n{self.dtype}".encode()
+            f"{weights}\n{self.suite.fingerprint}\n{self.template}\n{self.dtype}\n{__version__}".encode()
         ).hexdigest()[:16]
         return self.home / "answers" / f"{key}.jsonl"

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.errors import GateRefused, PosttrainError, RecipeError
-from posttrain.gate.suites import Suite, load_suite
+from posttrain.errors import GateRefused, PosttrainError
+from posttrain.gate.ahead import prove_scores, read_ahead
 from posttrain.pipeline.identity import Parent, base_parent, template_of
 from posttrain.pipeline.stage import Run, StageOutcome, run_stage
 from posttrain.recipe import Recipe, Stage, diff
@@ -17,8 +17,7 @@ from posttrain.records import ArtefactRef
 from posttrain.registry.files import ensure_home, only_one, sweep, write_json_atomic
 from posttrain.registry.store import ModelStore
 from posttrain.reporting import Reporter
-from posttrain.rewards import mix
-from posttrain.settings import GRPOSettings, Retry, RetryPolicy
+from posttrain.settings import Retry, RetryPolicy
 
 OnOutcome = Callable[[StageOutcome], None]
 
@@ -40,7 +39,10 @@ def run(recipe: Recipe, home: Path, reporter: Reporter, on_outcome: OnOutcome | 
     started = time.monotonic()
     home = ensure_home(home)
     sweep(home)
-    r = Run(recipe, home, reporter, ModelStore(home), template_of(recipe), _read_ahead(recipe))
+    suites = read_ahead(recipe)
+    for doubt in prove_scores(suites):
+        reporter.line(f"warning: {doubt}")
+    r = Run(recipe, home, reporter, ModelStore(home), template_of(recipe), suites)
     with only_one(r.directory):
         _tell_changes(r)
         for warning in recipe.warnings:
@@ -59,21 +61,6 @@ def run(recipe: Recipe, home: Path, reporter: Reporter, on_outcome: OnOutcome | 
         champion_version=champion.version if champion else None,
         seconds=time.monotonic() - started,
     )
-
-
-def _read_ahead(recipe: Recipe) -> dict[str, Suite]:
-    """Suites and rewards of every stage, before the first one trains: a fault in the last must not cost the others."""
-    suites: dict[str, Suite] = {}
-    for stage in recipe.stages:
-        s = stage.settings
-        if s.gate is not None:
-            suites[stage.key] = load_suite(recipe.resolve(s.gate.suite), recipe.resolve)
-        if isinstance(s, GRPOSettings):
-            try:
-                mix.build(s.rewards).close()
-            except RecipeError as e:
-                raise RecipeError(e.what, where=f"{recipe.path}: {stage.key}.{e.where}", remedy=e.remedy) from e
-    return suites
 
 
 def _tell_changes(r: Run) -> None:

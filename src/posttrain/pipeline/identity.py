@@ -36,11 +36,15 @@ class Parent:
 
 
 def base_parent(recipe: Recipe, home: Path) -> Parent:
-    """The recipe's own model. One that posttrain made keeps its history: its template, and whether it had SFT."""
+    """The recipe's own model. One that posttrain made keeps its history: its template, and whether it had SFT.
+
+    Of another model the first stage says it, with allow_without_sft; the stages after it need not say it again.
+    """
+    declared = getattr(recipe.stages[0].settings, "allow_without_sft", False)
     source = model_source(recipe, home)
     if not is_artefact(Path(source)):
-        return Parent(source, BaseRef(recipe.model, base_hash(source)), had_sft=False)
-    had_sft = any(ancestor.method == "sft" for ancestor in lineage_of(Path(source)))
+        return Parent(source, BaseRef(recipe.model, base_hash(source)), had_sft=declared)
+    had_sft = declared or any(ancestor.method == "sft" for ancestor in lineage_of(Path(source)))
     return Parent(source, load_ref(Path(source)), had_sft)
 
 

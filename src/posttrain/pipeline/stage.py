@@ -11,7 +11,7 @@ from typing import Any
 from posttrain.data.render import Renderer
 from posttrain.errors import ArtefactError, DataError, RecipeError, TrainingStopped
 from posttrain.gate.answer import write_answers
-from posttrain.gate.decide import judge
+from posttrain.gate.decide import judge, same_question
 from posttrain.gate.report import line as gate_line
 from posttrain.gate.suites import Suite
 from posttrain.methods.registry import METHODS, StageResult
@@ -228,7 +228,7 @@ def _verdict(sr: StageRun, ref: ArtefactRef) -> GateReport | None:
     if gate is None or sr.suite is None:
         return None
     report = read_manifest(sr.artefact).gate
-    if report is None or (report.min_gain, report.min_score) != (gate.min_gain, gate.min_score):
+    if report is None or not same_question(report, gate):
         report = _judge(sr, ref, sr.suite)
         attach_gate(sr.artefact, report)
     sr.say(gate_line(report))

@@ -94,6 +94,8 @@ def _read(file: Path, shown: str) -> Document:
         document = read_yaml(file.read_text(encoding="utf-8"))
     except IsADirectoryError:
         raise RecipeError("this is a folder.", where=shown, remedy="Name the recipe file in it.") from None
+    except OSError as error:
+        raise RecipeError(f"cannot be read: {error.strerror}.", where=shown) from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"byte {error.start} is not UTF-8 text.", where=shown, remedy="Save it as UTF-8.") from None
     if not isinstance(document.data, dict):

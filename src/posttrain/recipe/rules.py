@@ -85,6 +85,10 @@ def ordering_faults(stages: Sequence[StageView | None]) -> Iterator[Broken]:
                 f"{stage.label} is the first stage, so its model may never have had SFT. Put an sft stage before it, "
                 f"or set {stage.label}.allow_without_sft: true when the model already follows instructions.",
             )
+        elif allow and stage is not first and getattr(first and first.settings, "allow_without_sft", False):
+            yield Broken(
+                where, f"{stage.label}.allow_without_sft is set but never read: the first stage says it. Remove it."
+            )
         elif allow and stage is not first and not any(_may_leave_base(s) for s in stages[:position]):
             yield Broken(
                 where,
@@ -102,6 +106,11 @@ def warnings_of(stage: StageView, model: str) -> Iterator[Broken]:
     """What is allowed, with the reason why it is seldom wanted."""
     if stage.settings.gate is None and "gate" not in stage.broken:
         yield Broken(stage.path, f"stage {stage.key} has no gate: it will not be promoted")
+    elif stage.settings.gate is not None and stage.settings.gate.min_gain < 0:
+        yield Broken(
+            (*stage.path, "gate", "min_gain"),
+            f"{stage.label}.gate.min_gain = {stage.settings.gate.min_gain:g} lets a model pass that got worse",
+        )
     for usual in USUAL:
         if said := usual.objection(stage, model):
             yield Broken((*stage.path, *usual.key.split(".")), said)

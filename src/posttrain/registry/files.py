@@ -6,6 +6,7 @@ file, so that `verify` notices a flipped byte, a missing file or one that does n
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -103,12 +104,22 @@ def write_directory(final: Path, fill: Callable[[Path], None], *, replace: bool 
             write_json_atomic(directory / MANIFEST, {"files": checksums(directory)})
         _fsync_tree(directory)
         if final.exists():
-            with staged(final) as old:
-                final.rename(old / "replaced")
-                directory.rename(final)
+            _exchange(directory, final)
         else:
             directory.rename(final)
         _fsync(final.parent)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Let two directories change names in one step, so that a kill leaves one of them there (renameat2, Linux)."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is not None and rename(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0:
+        return
+    # Another system, or a file system that cannot: two steps, with nothing under the name between them.
+    with staged(old) as scratch:
+        old.rename(scratch / "replaced")
+        new.rename(old)
 
 
 @contextmanager

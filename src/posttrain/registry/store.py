@@ -16,7 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.errors import ArtefactError, GateRefused
+from posttrain import paths
+from posttrain.errors import ArtefactError, GateRefused, ModelError
 from posttrain.records import ArtefactRef, GateReport
 from posttrain.registry import tracking
 from posttrain.registry.artefact import ADAPTER_CONFIG, is_artefact
@@ -142,7 +143,7 @@ class ModelStore:
     def set_alias(self, name: str, alias: str, version: int) -> None:
         """Point any alias but `champion` at a version; champions are made by `promote`, which asks the gate."""
         if alias == CHAMPION:
-            raise ArtefactError(f"the alias {CHAMPION!r} is not set by hand.", where=name, remedy="Use promote.")
+            raise ModelError(f"the alias {CHAMPION!r} is not set by hand.", where=name, remedy="Use promote.")
         entry = self.get(name, version)
         with tracking.faults(self.home):
             self._client.set_registered_model_alias(name, alias, str(entry.version))
@@ -211,13 +212,13 @@ class ModelStore:
         for version in self._versions(name):
             if int(version.version) == wanted:
                 return self._entry(version, aliases)
-        raise ArtefactError(
+        raise ModelError(
             f"has no version or alias {str(selector)!r}.", where=name, remedy=f"It has {self._describe(name)}."
         )
 
     def find(self, ref: str) -> Path:
         """The directory that `name`, `name@alias`, `name@version` or a path means. A bare name is its champion."""
-        path = Path(ref).expanduser()
+        path = paths.expanded(ref)
         if is_artefact(path) or any((path / config).is_file() for config in ("config.json", ADAPTER_CONFIG)):
             return path.resolve()
         name, _, selector = ref.partition("@")
@@ -227,7 +228,7 @@ class ModelStore:
                 if path.is_dir()
                 else "no such directory"
             )
-            raise ArtefactError(f"{fault}.", where=ref, remedy="Give a model directory, or name@alias or name@version.")
+            raise ModelError(f"{fault}.", where=ref, remedy="Give a model directory, or name@alias or name@version.")
         entry = self.get(name, selector or CHAMPION)
         if not Path(entry.path).is_dir():
             raise ArtefactError(
@@ -271,7 +272,7 @@ class ModelStore:
         there = (
             f"There are: {', '.join(sorted(models))}." if models else "Nothing is registered yet; run a recipe first."
         )
-        raise ArtefactError(
+        raise ModelError(
             f"no model {name!r} is registered in {self.home}.",
             remedy=f"Did you mean {close[0]!r}? {there}" if close else there,
         )

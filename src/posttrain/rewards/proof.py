@@ -44,6 +44,16 @@ def prove(mix: RewardMix, tasks: Sequence[Task], *, max_rows: int = 64) -> list[
     return proofs
 
 
+def unproven(mix: RewardMix, proofs: Sequence[Proof]) -> list[str]:
+    """One sentence for each reward that was shown no gold answer, so that nobody knows whether it ever pays."""
+    shown = {proof.reward for proof in proofs if proof.case == "gold"}
+    return [
+        f"the reward {part.label} was shown no right answer to prove itself on. Give it `example`, which must score 1."
+        for part in mix.parts
+        if part.label not in shown
+    ]
+
+
 def _prove(alone: RewardMix, part: Part, tasks: Sequence[Task]) -> list[Proof]:
     texts = [
         (task, case, text)

@@ -1,0 +1,70 @@
+"""Suites and rewards of every stage, read before the first one trains: a fault in the last must not cost the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from posttrain.errors import DataError, PosttrainError, RecipeError
+from posttrain.gate.suites import Suite, load_suite
+from posttrain.recipe import Recipe
+from posttrain.rewards import mix
+from posttrain.rewards.proof import prove, unproven
+from posttrain.settings import GRPOSettings
+
+
+def read_ahead(recipe: Recipe) -> dict[str, Suite]:
+    """Each gated stage's suite by stage key. Torch-free, so that `check` can do it too."""
+    suites: dict[str, Suite] = {}
+    for stage in recipe.stages:
+        s = stage.settings
+        if s.gate is not None:
+            suites[stage.key] = _suite(recipe, stage.key, s.gate.suite)
+            _refuse_out_of_reach(recipe, stage.key, suites[stage.key], s.gate.min_gain)
+        if isinstance(s, GRPOSettings):
+            try:
+                mix.build(s.rewards).close()
+            except RecipeError as e:
+                raise RecipeError(e.what, where=f"{_place(recipe, stage.key, e.where)}", remedy=e.remedy) from e
+    return suites
+
+
+def prove_scores(suites: Mapping[str, Suite]) -> list[str]:
+    """Let each suite's scoring judge gold, empty and adversarial answers to its own items; returns what stays in doubt.
+
+    Raises DataError where scoring fails a right answer or pays for a wrong one.
+    """
+    doubts = []
+    for suite in {suite.fingerprint: suite for suite in suites.values()}.values():
+        with mix.build(suite.score) as rewards:
+            try:
+                proofs = prove(rewards, suite.items)
+            except PosttrainError as e:
+                raise DataError(f"suite {suite.name}: {e.what}", where=e.where, remedy=e.remedy) from e
+            doubts += [f"suite {suite.name}: {doubt}" for doubt in unproven(rewards, proofs)]
+    return doubts
+
+
+def _suite(recipe: Recipe, key: str, name: str) -> Suite:
+    try:
+        return load_suite(recipe.resolve(name), recipe.resolve)
+    except PosttrainError as e:
+        e.locate(_place(recipe, key, "gate.suite"))
+        raise
+
+
+def _refuse_out_of_reach(recipe: Recipe, key: str, suite: Suite, min_gain: float) -> None:
+    if suite.kind == "win_rate" and min_gain >= 0.5:
+        raise RecipeError(
+            f"min_gain = {min_gain:g} can never be reached: {suite.name} is a win rate, which exceeds one half by at "
+            "most 0.5.",
+            where=_place(recipe, key, "gate.min_gain"),
+            remedy="Write how far above one half it must lie, e.g. 0.1 for 60 %.",
+        )
+
+
+def _place(recipe: Recipe, stage_key: str, key: str) -> str:
+    """recipe.yaml:12: 2-grpo.rewards[0]"""
+    name = f"{stage_key}.{key}"
+    plain = name.split("[")[0]
+    origin = next((said for at, said in recipe.origins.items() if at == plain or at.startswith(plain + ".")), "")
+    return f"{origin if ':' in origin else recipe.path}: {name}"
