@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.data.filters import apply
 from posttrain.data.formats import Loaded, Source
 from posttrain.data.hygiene import overlaps, refuse_overlap
 from posttrain.data.ledger import Bucket, Ledger, fit
@@ -46,18 +47,23 @@ class StageResult:
 
 
 def account(stage: Stage, loaded: Loaded[Any], s: StageSettings) -> tuple[Ledger, list[Any]]:
-    """Open the ledger, take out rows that hold evaluation items, and return the rows that remain."""
+    """Open the ledger, filter the rows, take out those that hold evaluation items, and return what remains."""
     for source in loaded.sources:
         stage.reporter.line(f"{stage.name}: {source}")
     ledger = Ledger.of(loaded)
-    texts = [(row.id, _asked(row)) for row in loaded.rows]
+    filtered = apply(loaded.rows, s.filters)
+    for row_id, reason in filtered.dropped:
+        ledger.put(row_id, Bucket.DROPPED, reason)
+    for said in filtered.said:
+        stage.reporter.line(f"{stage.name}: {said}")
+    texts = [(row.id, _asked(row)) for row in filtered.rows]
     if s.on_contamination == "error":
         refuse_overlap(texts, stage.held_out)
-        return ledger, list(loaded.rows)
+        return ledger, list(filtered.rows)
     hits = {hit.train_id: hit for hit in overlaps(texts, stage.held_out)}
     for hit in hits.values():
         ledger.put(hit.train_id, Bucket.CONTAMINATED, str(hit))
-    return ledger, [row for row in loaded.rows if row.id not in hits]
+    return ledger, [row for row in filtered.rows if row.id not in hits]
 
 
 def fit_rows(stage: Stage, trees: Sequence[Tree], ledger: Ledger, s: StageSettings) -> list[Tree]:

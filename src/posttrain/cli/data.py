@@ -1,0 +1,13 @@
+"""`posttrain data`: look at rows, and write better ones. Each command lives in a file of its own."""
+
+from __future__ import annotations
+
+import typer
+
+from posttrain.cli import data_audit, data_filter, data_split
+
+app = typer.Typer(name="data", help="Rows: audit, filter, split.", no_args_is_help=True)
+
+app.command("audit")(data_audit.audit)
+app.command("filter")(data_filter.filter_rows)
+app.command("split")(data_split.split)
