@@ -8,7 +8,8 @@ import random
 import pytest
 from data_help import shared
 
-from posttrain.data.hygiene import audit_pairs, overlaps, refuse_overlap, words
+from posttrain.data.hygiene import audit_pairs, overlaps
+from posttrain.data.hygiene.text import words
 from posttrain.errors import DataError
 from posttrain.records import Message, Pair
 

@@ -48,7 +48,9 @@ class Duplicate:
     jaccard: float | None = None
 
     def __str__(self) -> str:
-        return f"duplicate of {self.of}" if self.jaccard is None else f"near-duplicate of {self.of} ({self.jaccard:.2f})"
+        return (
+            f"duplicate of {self.of}" if self.jaccard is None else f"near-duplicate of {self.of} ({self.jaccard:.2f})"
+        )
 
 
 def content(row: Row) -> Content:
@@ -92,48 +94,56 @@ def digest(row: Content, *, across: bool = True, ignore_case: bool = False) -> b
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def find_duplicates(
-    read: Read, rules: Rules, without: Collection[str] = ()
-) -> dict[str, Duplicate]:
+def find_duplicates(read: Read, rules: Rules, without: Collection[str] = ()) -> dict[str, Duplicate]:
     """Every row that repeats an earlier one, by id. `read` starts reading anew each time: near-duplicates take a second
     look. Rows in `without` are not there at all. Memory: about 300 bytes a row, and the shingles of rows that meet."""
-    scan = _Scan(rules)
+    exact = Exact(rules)
+    signed = _Signed(rules) if rules.near is not None else None
     for chunk in _chunks(row for row in read() if row.id not in without):
-        scan.add(chunk)
-    found = {scan.ids[j]: Duplicate(scan.ids[j], scan.ids[i]) for j, i in scan.exact.items()}
-    if rules.near is not None:
-        found |= {near.id: near for near in _near(scan, read, rules.near, rules.shingle)}
+        at = len(exact.ids)
+        fresh = [(at + i, row) for i, row in enumerate(chunk) if exact.add(row)]
+        if signed is not None:
+            for n_parts in sorted({len(row.parts) for _, row in fresh}):
+                signed.add([(at, row) for at, row in fresh if len(row.parts) == n_parts])
+    found = exact.duplicates()
+    if signed is not None and rules.near is not None:
+        found |= {near.id: near for near in _near(exact.ids, signed, read, rules.near, rules.shingle)}
     return found
 
 
-class _Scan:
-    """The first look: exact duplicates, and what is needed to see which of the other rows meet."""
+class Exact:
+    """Rows seen so far, by what they say."""
 
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
         self._first: dict[bytes, int] = {}
+        self._repeats: dict[int, int] = {}
         self.ids: list[str] = []
-        self.exact: dict[int, int] = {}  # row: the first that says the same
-        self._row: list[int] = []  # of the rows below, their place in `ids`
+
+    def add(self, row: Content) -> bool:
+        """Whether nothing before said the same."""
+        at = len(self.ids)
+        self.ids.append(row.id)
+        first = self._first.setdefault(digest(row, across=self._rules.across, ignore_case=self._rules.ignore_case), at)
+        if first != at:
+            self._repeats[at] = first
+        return first == at
+
+    def duplicates(self) -> dict[str, Duplicate]:
+        return {self.ids[j]: Duplicate(self.ids[j], self.ids[i]) for j, i in self._repeats.items()}
+
+
+class _Signed:
+    """Signatures of the rows that are no exact duplicates: enough to see which of them meet."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._rules = rules
+        self._row: list[int] = []  # the number of each signed row among all
         self._bands: list[U64] = []
         self._low_bits: list[NDArray[np.uint8]] = []
 
-    def add(self, chunk: Sequence[Content]) -> None:
-        fresh = []
-        for row in chunk:
-            at = len(self.ids)
-            self.ids.append(row.id)
-            key = digest(row, across=self._rules.across, ignore_case=self._rules.ignore_case)
-            if (first := self._first.setdefault(key, at)) != at:
-                self.exact[at] = first
-            else:
-                fresh.append((at, row))
-        if self._rules.near is None:
-            return
-        for n_parts in {len(row.parts) for _, row in fresh}:
-            self._sign([(at, row) for at, row in fresh if len(row.parts) == n_parts])
-
-    def _sign(self, rows: Sequence[tuple[int, Content]]) -> None:
+    def add(self, rows: Sequence[tuple[int, Content]]) -> None:
+        """Sign numbered rows, all with the same number of parts."""
         assert self._rules.near is not None
         signed = signatures([[shingles(part, self._rules.shingle) for part in row.parts] for _, row in rows])
         value_RB = bands(signed, rows_per_band(self._rules.near))
@@ -144,12 +154,12 @@ class _Scan:
         self._low_bits.append(signed.astype(np.uint8))
 
     def meeting(self) -> tuple[dict[int, list[int]], NDArray[np.uint8]]:
-        """Rows that share a band with others, in order: the row's place in `ids` and the groups it meets others in.
+        """Rows that share a band with others, in order: the row's number and the groups it meets others in.
         Beside them the low bits of their signatures, one line each."""
         if not self._bands:
             return {}, np.zeros((0, COLUMNS), np.uint8)
         row_R, value_RB = np.asarray(self._row), np.concatenate(self._bands)
-        in_order = np.argsort(row_R)  # rows of one chunk are signed by number of parts
+        in_order = np.argsort(row_R)  # within a chunk, rows are signed by their number of parts
         row_R, value_RB = row_R[in_order], value_RB[in_order]
         shared: dict[int, list[int]] = defaultdict(list)
         n_groups = 0
@@ -163,24 +173,22 @@ class _Scan:
         return {int(row_R[at]): shared[at] for at in meeting}, low_bits
 
 
-def _near(scan: _Scan, read: Read, near: float, size: int) -> Iterator[Duplicate]:
+def _near(ids: Sequence[str], signed: _Signed, read: Read, near: float, size: int) -> Iterator[Duplicate]:
     """Rows that meet an earlier one which stays, and are near it. The earliest is named."""
-    groups_of, low_bits = scan.meeting()
+    groups_of, low_bits = signed.meeting()
     if not groups_of:
         return
     line_of = {row: line for line, row in enumerate(groups_of)}
-    wanted = {scan.ids[row] for row in groups_of}
-    parts_of = {
-        row.id: [np.unique(shingles(part, size)) for part in row.parts] for row in read() if row.id in wanted
-    }
+    wanted = {ids[row] for row in groups_of}
+    parts_of = {row.id: [np.unique(shingles(part, size)) for part in row.parts] for row in read() if row.id in wanted}
     staying: dict[int, list[int]] = defaultdict(list)  # group: its rows that stay
     for j, groups in groups_of.items():
         earlier = sorted({i for group in groups for i in staying[group]})
         alike_E = (low_bits[[line_of[i] for i in earlier]] == low_bits[line_of[j]]).mean(axis=1)
         for i in (i for i, alike in zip(earlier, alike_E.tolist(), strict=True) if alike >= near - SLACK):
-            least = min(map(jaccard, parts_of[scan.ids[j]], parts_of[scan.ids[i]]))
+            least = min(map(jaccard, parts_of[ids[j]], parts_of[ids[i]]))
             if least >= near:
-                yield Duplicate(scan.ids[j], scan.ids[i], least)
+                yield Duplicate(ids[j], ids[i], least)
                 break
         else:
             for group in groups:

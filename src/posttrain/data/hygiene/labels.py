@@ -24,22 +24,36 @@ class Conflict:
         return f"{self.id} and {self.other}: {self.what}"
 
 
+class Judgements:
+    """What every row judges and how, gathered row by row. Memory: some 300 bytes a row that judges anything."""
+
+    def __init__(self) -> None:
+        self._first: dict[bytes, dict[bytes, str]] = {}  # what is judged: judgement: the first row that says so
+        self._made: list[tuple[str, bytes, bytes, str]] = []
+
+    def add(self, row: Row) -> None:
+        if (judgement := _judgement(row)) is not None:
+            what, subject, verdict = judgement
+            self._first.setdefault(subject, {}).setdefault(verdict, row.id)
+            self._made.append((row.id, subject, verdict, what))
+
+    def conflicts(self) -> list[Conflict]:
+        """Every row whose judgement another row contradicts, in order."""
+        found = []
+        for row_id, subject, verdict, what in self._made:
+            other = next((first for another, first in self._first[subject].items() if another != verdict), None)
+            if other is not None:
+                found.append(Conflict(row_id, other, what))
+        return found
+
+
 def conflicts(rows: Iterable[Row]) -> list[Conflict]:
     """Every row whose label another row contradicts, in order: the same pair both ways, an answer rated good and bad,
     steps labelled right and wrong, a task with two gold answers. White space does not count."""
-    judged: dict[bytes, dict[bytes, str]] = {}  # what is judged: judgement: the first row that says so
-    asked: list[tuple[str, bytes, bytes, str]] = []
+    judged = Judgements()
     for row in rows:
-        if (judgement := _judgement(row)) is not None:
-            what, subject, verdict = judgement
-            judged.setdefault(subject, {}).setdefault(verdict, row.id)
-            asked.append((row.id, subject, verdict, what))
-    found = []
-    for row_id, subject, verdict, what in asked:
-        other = next((first for said_, first in judged[subject].items() if said_ != verdict), None)
-        if other is not None:
-            found.append(Conflict(row_id, other, what))
-    return found
+        judged.add(row)
+    return judged.conflicts()
 
 
 def _judgement(row: Row) -> tuple[str, bytes, bytes] | None:

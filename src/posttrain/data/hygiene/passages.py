@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from posttrain.records import Example, Message, Pair, Rated, Row, Stepwise, Task
 
-# Columns of a raw row that hold an answer, not a question.
-ANSWER_COLUMNS = frozenset(
+# Columns of a raw row that hold an answer, and columns that hold a question however short it is.
+ANSWERS = frozenset(
     "answer answers answerkey solution solutions canonical_solution completion completions response responses output "
     "outputs target targets label labels chosen rejected rationale explanation final_answer gold".split()
 )
+QUESTIONS = frozenset("prompt question instruction input query problem text messages conversations turns".split())
 SPEAKER_KEYS = (("role", "content"), ("from", "value"))
 ASKING = ("user", "human")
 
@@ -24,6 +26,11 @@ class Passage:
     name: str
     text: str
     asked: bool = False
+
+    @property
+    def column(self) -> str:
+        """The column of a raw row that it comes from."""
+        return re.split(r"[ .]", self.name, maxsplit=1)[0].lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +96,7 @@ def said(message: Message) -> str:
 
 
 def _asks(column: str) -> bool:
-    return column.lower() not in ANSWER_COLUMNS
+    return column.lower() not in ANSWERS
 
 
 def _texts(name: str, value: Any, asked: bool) -> Iterator[Passage]:

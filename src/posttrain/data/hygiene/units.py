@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from posttrain.data.hygiene.text import U64, Windows, mixed
+from posttrain.data.hygiene.passages import Document, Passage
+from posttrain.data.hygiene.text import U64, Windows, mixed, split
 
 Ints = NDArray[np.int64]
 Encode = Callable[[str], Sequence[int]]  # a word to token ids
@@ -29,11 +32,22 @@ class WordUnits:
                 self._of.setdefault(word, len(self._of) + 1)
 
     def __call__(self, said: Sequence[str]) -> list[int]:
-        return list(map(self._of.get, said, repeat(NOTHING)))  # type: ignore[arg-type]
+        return list(map(self._of.get, said, repeat(NOTHING)))
 
     def word_starts(self, said: Sequence[str]) -> list[int]:
         """Which unit each word begins with, and at last how many units there are."""
         return list(range(len(said) + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEncoder:
+    """A Hugging Face tokenizer as `Encode`; it can be sent to other processes."""
+
+    tokenizer: Any
+
+    def __call__(self, word: str) -> Sequence[int]:
+        ids: Sequence[int] = self.tokenizer.encode(word, add_special_tokens=False)
+        return ids
 
 
 class TokenUnits:
@@ -70,6 +84,39 @@ def laid_out(passages: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
     end_P = np.cumsum(length_P + 1)
     flat = [unit for passage in passages for unit in (*passage, NOTHING)]
     return np.asarray(flat, np.int64), end_P - length_P - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """The passages of many documents laid end to end. P: passages, T: units of all of them."""
+
+    documents: Sequence[Document]
+    owner: tuple[tuple[int, Passage], ...]  # (which document, passage)
+    said: tuple[list[str], ...]
+    unit_T: Ints
+    start_P: list[int]
+
+    @classmethod
+    def of(cls, documents: Sequence[Document], units: Units) -> Laid:
+        owner = tuple((i, passage) for i, document in enumerate(documents) for passage in document.passages)
+        said = tuple(split(passage.text) for _, passage in owner)
+        unit_T, start_P = laid_out([units(words) for words in said])
+        return cls(documents, owner, said, unit_T, start_P.tolist())
+
+    def at(self, unit: int) -> int:
+        """The passage that holds a unit."""
+        return bisect_right(self.start_P, unit) - 1
+
+    def length(self, passage: int) -> int:
+        end = self.start_P[passage + 1] if passage + 1 < len(self.start_P) else len(self.unit_T)
+        return end - self.start_P[passage] - 1
+
+    def words(self, units: Units, start: int, length: int) -> tuple[int, int]:
+        """The words (first, one after the last) of its passage that the units from `start` on belong to."""
+        passage = self.at(start)
+        starts = units.word_starts(self.said[passage])
+        first = start - self.start_P[passage]
+        return bisect_right(starts, first) - 1, bisect_left(starts, first + length)
 
 
 @dataclass(frozen=True, slots=True)
