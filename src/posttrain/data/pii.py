@@ -140,27 +140,27 @@ def _emails(text: str) -> Iterator[Span]:
 
 # --- telephone --------------------------------------------------------------------------------------------------------
 
-# A number beside an operator, a currency or another digit is part of a calculation.
-_ALONE = r"(?<![\w.,$€£+*/=<>^-])(?<![\d)\]+*/=<>-] )"
-_DONE = r"(?![\w$€£%^])(?![.,-]?\d)(?!\s?[=*/+<>×÷^])"
+# A number beside an operator, a currency or another number is part of a calculation; stars may also be markup.
+_ALONE = r"(?<![\w.,$€£+/=^-])(?<![^*\s]\*)(?<![\d)\]] )(?<![=+] )(?<![\d)][-*/] )(?<![\d)] [-*/] )"
+_DONE = r"(?![\w$€£%])(?![.,-]?\d)(?! ?[=^×÷])(?! ?[-+*/<>] ?[\d$(])"
 PHONES = (
     # +49 30 1234567, +1 (415) 555-2671, +442079460958
     re.compile(rf"{_ALONE}\+[1-9](?:[ .\-/]?[()]?[ ]?\d){{7,14}}{_DONE}"),
     # 0049 30 1234567
-    re.compile(rf"{_ALONE}00[1-9]\d{{0,2}}(?:[ .\-/]\(?\d{{1,8}}\)?){{1,6}}{_DONE}"),
+    re.compile(rf"{_ALONE}00[1-9]\d{{0,2}}(?:[ .\-/]\d{{1,8}}){{1,6}}{_DONE}"),
     # (415) 555-2671, 415-555-2671, 415.555.2671, 1-800-555-0199
     re.compile(rf"{_ALONE}(?:1[-. ])?\(\d{{3}}\) ?\d{{3}}[-. ]\d{{4}}{_DONE}"),
-    re.compile(rf"{_ALONE}(?:1([-.]))?[2-9]\d\d([-.])[2-9]\d\d\2\d{{4}}(?!\s?[-+*/=<>×÷])(?![\w.]\w){_DONE}"),
+    re.compile(rf"{_ALONE}(?:1[-.])?[2-9]\d\d([-.])[2-9]\d\d\1\d{{4}}{_DONE}"),
     # 06 12 34 56 78, 020 7946 0958, 030/1234567, 0171-2345678
     re.compile(rf"{_ALONE}0[1-9](?:([ .-])\d\d)(?:\1\d\d){{3}}{_DONE}"),
-    re.compile(rf"{_ALONE}\(?0[1-9]\d{{1,4}}\)? \d{{3,4}}[ -]\d{{3,5}}{_DONE}"),
+    re.compile(rf"{_ALONE}(?:\(0[1-9]\d{{1,4}}\)|0[1-9]\d{{1,4}}) \d{{3,4}}[ -]\d{{3,5}}{_DONE}"),
     re.compile(rf"{_ALONE}0[1-9]\d{{1,4}}[-/] ?\d{{5,9}}{_DONE}"),
 )
 # Where the text says that a number is one to call, any grouping will do.
 CUED = re.compile(
     r"(?i)\b(?:tel|telephone|phone|mobile|cell|fax|whatsapp|telefon|handy|call|dial|text|ring|t[ée]l[ée]phone)\b"
     r"(?:\s{1,3}(?:number|no|nr|me|us|him|her|them|at|on|is|to|my|the|your)){0,4}[.:#]?\s{0,3}"
-    rf"([+(]?\d[\d ()./-]{{5,18}}\d){_DONE}"
+    rf"([+(]?\d[\d ()./-]{{5,18}}\d){_DONE}|\bnumber\b[^.\n\d]{{0,24}}\b(\d{{3}}-\d{{4}}){_DONE}"
 )
 DIGITS_TOGETHER = re.compile(r"\d(?:[ ()./-]{0,3}\d){6}")  # most texts hold no such thing, and are done quickly
 PHONE_DIGITS = range(8, 16)  # ITU-T E.164 allows 15; shorter ones only where the text says what they are
@@ -175,9 +175,11 @@ def _phones(text: str) -> Iterator[Span]:
             if sum(c.isdigit() for c in found[0]) in PHONE_DIGITS:
                 yield found.span()
     for found in CUED.finditer(text):
-        if sum(c.isdigit() for c in found[1]) in CUED_DIGITS:
-            unopened = found[1].startswith("(") and ")" not in found[1]  # the bracket around it, not one of its own
-            yield found.start(1) + unopened, found.end(1)
+        start, end = found.span(1 if found[1] else 2)
+        number = text[start:end]
+        if sum(c.isdigit() for c in number) in CUED_DIGITS:
+            unopened = number.startswith("(") and ")" not in number  # the bracket around it, not one of its own
+            yield start + unopened, end
 
 
 # --- addresses of machines --------------------------------------------------------------------------------------------
@@ -212,7 +214,8 @@ def _is_global(address: str) -> bool:
 # --- cards and accounts -----------------------------------------------------------------------------------------------
 
 CARD = re.compile(
-    r"(?<![\w.,$€£+*/=<>^-])(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{1,7}|\d{4}([ -]?)\d{6}\2\d{4,5})(?![\w^])(?![.,-]?\d)"
+    r"(?<![\w.,$€£+/=^-])(?<![^*\s]\*)"
+    r"(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{1,7}|\d{4}([ -]?)\d{6}\2\d{4,5})(?![\w^])(?![.,-]?\d)"
 )
 CARD_BRANDS = (  # ISO/IEC 7812: how the number begins, how long it is
     (re.compile(r"4"), {13, 16, 19}),

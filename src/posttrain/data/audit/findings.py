@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from posttrain.data.audit.garbage import RARE
+from posttrain.data.audit.garbage import PIECES, RARE
 from posttrain.data.audit.lengths import LONG_WORDS
 from posttrain.data.audit.report import Audit
 from posttrain.data.language import UNKNOWN
@@ -60,8 +60,8 @@ def _garbage(a: Audit) -> Iterator[Finding]:
         ids = tuple(dict.fromkeys(row_id for of_kind in a.garbage.values() for row_id in of_kind))
         kinds = ", ".join(f"{name} {len(of_kind):,}" for name, of_kind in a.garbage.items())
         advice = "Mend the export that made them, or set filters: {garbage: drop}."
-        if RARE in a.garbage:
-            advice += " Rare characters may be a stray language: no filter drops those, look."
+        if RARE in a.garbage or PIECES in a.garbage:
+            advice += " What is only rare here may be a stray language: no filter drops that, look."
         yield Finding("garbage", "fix", f"{_rows(len(ids))} that look damaged: {kinds}.", advice, ids)
 
 

@@ -6,6 +6,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 
 from posttrain.data.audit.look import Look
 
@@ -20,6 +21,9 @@ REPEATS_RATIO = 0.1  # compressed to less: the same words over and over
 RARE = "rare characters"
 RARE_ROWS = 0.01  # a character that stands in fewer rows is rare in this data
 RARE_SHARE = 0.2  # of the characters of a row
+PIECES = "many tokens for little text"
+PIECES_FROM = 50  # characters of a row
+PIECES_RATIO = 0.5  # of the median of characters per token
 RARE_FROM_ROWS = 200  # fewer rows do not say what is rare
 
 
@@ -28,14 +32,17 @@ def garbage(text: str) -> tuple[str, ...]:
     return tuple(name for name, test in TESTS.items() if test(text))
 
 
-def garbage_rows(looks: Sequence[Look]) -> dict[str, tuple[str, ...]]:
-    """Row ids by what is wrong with them: each text alone, and characters that are rare among all rows."""
+def garbage_rows(looks: Sequence[Look], tokens: Callable[[str], int] | None = None) -> dict[str, tuple[str, ...]]:
+    """Row ids by what is wrong with them: each text alone, characters that are rare among all rows, and, where a
+    tokenizer is given, texts it takes to pieces."""
     found: dict[str, list[str]] = {}
     for look in looks:
         for name in dict.fromkeys(name for text in _texts(look) for name in garbage(text)):
             found.setdefault(name, []).append(look.id)
     if strange := rare([(look.id, "".join(_texts(look))) for look in looks]):
         found[RARE] = strange
+    if tokens is not None and (pieces := in_pieces([(look.id, "".join(_texts(look))) for look in looks], tokens)):
+        found[PIECES] = pieces
     return {name: tuple(ids) for name, ids in found.items()}
 
 
@@ -52,6 +59,13 @@ def rare(rows: Sequence[tuple[str, str]]) -> list[str]:
             if sum(n for c, n in of.items() if c in strange) >= RARE_SHARE * sum(of.values()):
                 found.append(row_id)
     return found
+
+
+def in_pieces(rows: Sequence[tuple[str, str]], tokens: Callable[[str], int]) -> list[str]:
+    """Ids of rows with much shorter tokens than the median row: text of a kind that the tokenizer never saw."""
+    sizes = [(row_id, len(text) / max(1, tokens(text))) for row_id, text in rows if len(text) >= PIECES_FROM]
+    usual = median(size for _, size in sizes) if sizes else 0.0
+    return [row_id for row_id, size in sizes if size < PIECES_RATIO * usual]
 
 
 def _texts(look: Look) -> tuple[str, ...]:

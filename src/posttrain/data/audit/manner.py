@@ -49,7 +49,7 @@ REFUSAL_WITHIN = 200  # a refusal is said at once; later "I can't" is part of an
 CUT_WORDS = 8  # a shorter last line may be a title, a name, a verse
 LIST_ITEM = re.compile(r"\s*(?:[-*+•|>#]|\d{1,3}[.)]|[A-Za-z][.)] )")
 CODE = re.compile(r"```|^(?: {4}|\t)", re.MULTILINE)
-UNENDED = ",;:([{–—-"  # besides letters and digits
+UNENDED = ",;:([{–—-"  # besides letters; a number may be the result
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ def looks_cut(answer: str) -> bool:
         return False
     if "|" in last or words[-1].startswith(("#", "http")):
         return False
-    return last[-1].isalnum() or last[-1] in UNENDED
+    return last[-1].isalpha() or last[-1] in UNENDED
 
 
 def cut(looks: Sequence[Look]) -> Flagged | None:

@@ -108,7 +108,7 @@ def audit(
         length_bias=length_bias(looks),
         with_answer=_with_answer(rows),
         copies=copies(looks),
-        garbage=garbage_rows(looks),
+        garbage=garbage_rows(looks, tokens),
         personal=personal(rows),
         languages=languages(looks),
     )
