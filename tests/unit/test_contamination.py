@@ -137,10 +137,10 @@ def test_a_row_that_holds_several_items_names_each_of_them() -> None:
 @pytest.mark.parametrize(
     ("item", "row"),
     [
-        ("Le café naïve coûte combien à Zoë en été?", "LE CAFE\u0301 NAI\u0308VE COU\u0302TE COMBIEN A\u0300 ZOE\u0308 EN E\u0301TE\u0301"),
+        ("Un café coûte combien en été?", "UN CAFE\u0301 COU\u0302TE COMBIEN EN E\u0301TE\u0301"),
         ("The ﬁve “oﬃces” cost １２３ dollars now", 'the five "offices" cost 123 dollars now'),
         ("It costs 1,234.50 dollars in all, does it?", "it costs 1234.50 dollars in all - does it"),
-        ("in\u00advisible soft\u00adhyphens inside the long words here", "invisible softhyphens inside the long words here"),
+        ("in\u00advisible soft\u00adhyphens inside long words", "invisible softhyphens inside long words"),
         ("一个农场有多少只鸡和兔子？", "问题：一个农场有多少只鸡和兔子。请回答"),
         ("राम के पास कितने आम हैं?", "बताओ: राम के पास कितने आम हैं"),
         ("ไก่และกระต่ายมีกี่ตัวในฟาร์ม", "คำถาม ไก่และกระต่ายมีกี่ตัวในฟาร์ม นี้"),
@@ -168,7 +168,9 @@ def test_tokens_are_counted_instead_of_words() -> None:
     (hit,) = by_token.search([row])[0]
     assert (hit.span, str(hit.row_place)) == ("chattahoochee river", "text, words 2–3"), "tokens of a part of a word"
     short = Index.of([Document("e", (Passage("question", "what is 12 + 30", True),))], 40, encode)
-    found = short.search([Document("t", (Passage("text", text, True),)) for text in ("so what is 12 + 30", "what is 12 + 305")])
+    found = short.search(
+        [Document("t", (Passage("text", text, True),)) for text in ("so what is 12 + 30", "what is 12 + 305")]
+    )
     assert [len(hits) for hits in found] == [1, 0], "the end of an item is the end of a word"
 
 
@@ -236,7 +238,7 @@ def test_planted_among_ten_thousand_real_rows() -> None:
     chosen = random.Random(3).sample(test, 7)
     planted = [Document(f"planted:{d.id}", (Passage("text", d.passages[0].text.upper(), True),)) for d in chosen]
     found: list[Overlap] = [hits[0] for hits in overlapping([*train, *planted], items) if hits]
-    # Near-copies that the published split itself holds; tests/reference/test_hygiene.py finds them another way.
+    # Near-copies that the published split itself holds; tests/reference/test_hygiene_slowly.py finds them another way.
     assert [(hit.train_id, hit.eval_id) for hit in found[:4]] == [
         ("train:21", "gsm8k-test.jsonl:633"),
         ("train:407", "gsm8k-test.jsonl:582"),

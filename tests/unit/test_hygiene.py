@@ -76,12 +76,12 @@ def test_within_and_across_sources() -> None:
     rows = [example(i, long + end, "ok") for i, end in (("a:1", ""), ("b:1", ""), ("b:2", "!"), ("a:2", "?"))]
     assert duplicates(rows) == {
         "b:1": "duplicate of a:1",
-        "b:2": "near-duplicate of a:1 (0.95)",
-        "a:2": "near-duplicate of a:1 (0.95)",
+        "b:2": "near-duplicate of a:1 (0.94)",
+        "a:2": "near-duplicate of a:1 (0.94)",
     }
     assert duplicates(rows, across=False) == {
-        "b:2": "near-duplicate of b:1 (0.95)",
-        "a:2": "near-duplicate of a:1 (0.95)",
+        "b:2": "near-duplicate of b:1 (0.94)",
+        "a:2": "near-duplicate of a:1 (0.94)",
     }
 
 
@@ -94,7 +94,12 @@ def test_the_jaccard_index_by_hand_at_the_threshold() -> None:
 
 def test_every_part_must_be_near() -> None:
     long = "Read the following text with great care and then answer in one word what its author would have said. " * 3
-    rows = [example("f:1", long, "yes"), example("f:2", long + "Please.", "no"), pair("g:1", long, "b"), pair("g:2", "b", long)]
+    rows = [
+        example("f:1", long, "yes"),
+        example("f:2", long + "Please.", "no"),
+        pair("g:1", long, "b"),
+        pair("g:2", "b", long),
+    ]
     assert duplicates(rows[:2], near=0.5) == {}
     assert duplicates(rows[2:], near=0.5) == {}, "the opposite of a pair is no duplicate of it"
     assert set(duplicates([rows[0], example("f:3", long + "Please.", "Yes")], near=0.8)) == {"f:3"}
@@ -126,7 +131,11 @@ def test_recall_of_planted_near_duplicates(jaccard: float) -> None:
     rng = Random(jaccard)
     rows = texts(*(text for _ in range(400) for text in planted(rng, jaccard)))
     indices = [set(a.parts[0].split()) for a in rows]
-    true = {rows[i + 1].id for i in range(0, 800, 2) if len(indices[i] & indices[i + 1]) / len(indices[i] | indices[i + 1]) >= 0.8}
+    true = {
+        rows[i + 1].id
+        for i in range(0, 800, 2)
+        if len(indices[i] & indices[i + 1]) / len(indices[i] | indices[i + 1]) >= 0.8
+    }
     found = set(find_duplicates(lambda: rows, Rules(near=0.8, shingle=1)))
     assert len(true) >= 150
     assert len(found & true) / len(true) >= 0.97

@@ -31,12 +31,14 @@ Read = Callable[[], Iterable["Content"]]
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A row as duplicates see it: its parts and, where it has one, the label that must agree as well."""
+    """A row as duplicates see it: its parts, and what must agree besides: the label of near ones, the roles of who
+    speaks of exact ones."""
 
     id: str
     source: str
     parts: tuple[str, ...]
     label: str = ""
+    roles: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +59,28 @@ def content(row: Row) -> Content:
     """What makes two rows the same: prompt and answer; of pairs prompt, chosen and rejected; of tasks prompt and gold
     answer. Other columns do not count, marks of what is trained neither."""
     source = row.id.rpartition(":")[0]
+
+    def of(*parts: Sequence[Message], more: Sequence[str] = (), label: str = "") -> Content:
+        roles = "|".join(" ".join(m.role for m in part) for part in parts)
+        texts = ["\n\n".join(map(said, part)) for part in parts]
+        texts[0] = "\n\n".join((texts[0], *getattr(row, "tools", ())))
+        return Content(row.id, source, (*texts, *more), label, roles)
+
     match row:
         case Example(text=str(text)):
             return Content(row.id, source, (text,))
         case Example():
             asked = [m for m in row.messages if m.role != "assistant"]
-            answered = [m for m in row.messages if m.role == "assistant"]
-            return Content(row.id, source, (_text(asked, row.tools), _text(answered)))
+            return of(asked, [m for m in row.messages if m.role == "assistant"])
         case Pair():
-            return Content(row.id, source, (_text(row.prompt, row.tools), _text(row.chosen), _text(row.rejected)))
+            return of(row.prompt, row.chosen, row.rejected)
         case Rated():
-            parts = (_text(row.prompt, row.tools), _text(row.completion))
-            return Content(row.id, source, parts, "good" if row.good else "bad")
+            return of(row.prompt, row.completion, label="good" if row.good else "bad")
         case Stepwise():
             labels = "".join("+" if label else "-" for label in row.labels)
-            return Content(row.id, source, (_text(row.prompt), "\n\n".join(row.steps)), labels)
+            return of(row.prompt, more=("\n\n".join(row.steps),), label=labels)
         case Task():
-            return Content(row.id, source, (_text(row.prompt, row.tools), row.answer or ""))
+            return of(row.prompt, more=(row.answer or "",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +97,19 @@ class Rules:
 def digest(row: Content, *, across: bool = True, ignore_case: bool = False) -> bytes:
     """16 bytes that exact duplicates have in common."""
     parts = [plain(part, ignore_case=ignore_case) for part in row.parts]
-    text = "\x1f".join(("" if across else row.source, row.label, *parts))
+    text = "\x1f".join(("" if across else row.source, row.label, row.roles, *parts))
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def same_prompts(rows: Iterable[Content]) -> int:
+    """How many rows have their prompt, but not all they say, in common with another row."""
+    said: dict[bytes, set[bytes]] = defaultdict(set)
+    prompts = []
+    for row in rows:
+        if len(row.parts) > 1:
+            prompts.append(digest(Content("", "", row.parts[:1])))
+            said[prompts[-1]].add(digest(row))
+    return sum(len(said[prompt]) > 1 for prompt in prompts)
 
 
 def find_duplicates(read: Read, rules: Rules, without: Collection[str] = ()) -> dict[str, Duplicate]:
@@ -198,7 +216,3 @@ def _near(ids: Sequence[str], signed: _Signed, read: Read, near: float, size: in
 def _chunks(rows: Iterable[Content]) -> Iterator[list[Content]]:
     source = iter(rows)
     return iter(lambda: list(islice(source, CHUNK)), [])
-
-
-def _text(messages: Sequence[Message], tools: Sequence[str] = ()) -> str:
-    return "\n\n".join((*(f"{m.role}: {said(m)}" for m in messages), *tools))
