@@ -275,6 +275,14 @@ def test_dropped_rows_are_part_of_the_audit() -> None:
     assert finding.ids == ("b", "c")
 
 
+def test_contradicting_pairs_and_near_copies_are_findings() -> None:
+    seen = found(pair("a", "x", "y"), pair("b", "y", "x"), pair("c", "x", "z"))
+    assert seen["conflicts"].ids == ("a", "b")
+    assert audit([pair("a", "x", "y")]).near_copies is None, "nobody looked"
+    near = audit([pair("a", "x", "y")], near_copies=["a"])
+    assert [finding.ids for finding in findings(near) if finding.name == "near-copies"] == [("a",)]
+
+
 def whole(rows: list[Row], title: str = "rows") -> Audit:
     return audit(rows, title=title, sources=["rows.jsonl: 3 rows"], tokens=len)
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-from posttrain.data.language import UNKNOWN, guess, known_languages, letters
+from posttrain.data.language import UNKNOWN, _identifier, guess, known_languages, letters
+from posttrain.errors import DoesNotFit
 from posttrain.settings.filters import LANGUAGES
 
 SAID = {
@@ -48,3 +51,11 @@ def test_ideographs_count_for_more_than_letters() -> None:
 
 def test_the_recipe_knows_what_the_detector_knows() -> None:
     assert known_languages() == LANGUAGES
+
+
+def test_a_missing_detector_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    _identifier.cache_clear()
+    with pytest.raises(DoesNotFit, match="py3langid, which is not installed here") as fault:
+        guess(SAID["en"])
+    assert fault.value.exit_code == 5

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain.cli.common import OVERRIDE, JsonOption, command_line, print_json, print_next
-from posttrain.cli.data_rows import ColumnOption, FormatOption, LimitOption, columns_of, read_groups
+from posttrain.cli.data_files import ColumnOption, FormatOption, LimitOption, columns_of, read_groups
 from posttrain.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain.cli.common import JsonOption, command_line, print_json, print_next
-from posttrain.cli.data_rows import (
+from posttrain.cli.data_files import (
     FilesArgument,
     LimitOption,
     as_lines,

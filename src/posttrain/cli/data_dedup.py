@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain.cli.common import OVERRIDE, JsonOption, command_line, print_columns, print_json, print_next
-from posttrain.cli.data_rows import (
+from posttrain.cli.data_files import (
     ColumnOption,
     FormatOption,
     LimitOption,

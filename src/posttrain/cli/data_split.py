@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from posttrain.cli.common import JsonOption, command_line, print_columns, print_json, print_next
-from posttrain.cli.data_filter import ForceOption
-from posttrain.cli.data_rows import (
+from posttrain.cli.data_files import (
     ColumnOption,
     FormatOption,
     as_lines,
@@ -21,6 +20,7 @@ from posttrain.cli.data_rows import (
     resolve,
     write_rows,
 )
+from posttrain.cli.data_filter import ForceOption
 from posttrain.errors import DataError
 
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="A file with rows.", show_default=False)]

@@ -17,8 +17,9 @@ NOT_A_LANGUAGE = "zxx"  # what the library calls markup, numbers and identifiers
 MIN_LETTERS = 20  # with fewer, "Yes." and "Test" come out as Kabyle
 IDEOGRAPH = 4  # letters that a character of a script without an alphabet counts for
 _FIRST_IDEOGRAPH = "\u2e80"
-ENOUGH = 2000  # characters; more of a text does not change what language it is in
+ENOUGH = 1000  # characters; more of a text does not change what language it is in
 
+LETTERS = re.compile(r"[^\W\d_]+")
 NOT_PROSE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|<<[^<>\n]*>>", re.DOTALL)
 
 
@@ -43,7 +44,10 @@ def guess(text: str, min_confidence: float = 0.0) -> Guess:
 
 def letters(text: str) -> int:
     """How much is written there: letters, an ideograph or syllable sign counting as several."""
-    return sum(IDEOGRAPH if c >= _FIRST_IDEOGRAPH else 1 for c in text if c.isalpha())
+    found = "".join(LETTERS.findall(text))
+    if found.isascii():
+        return len(found)
+    return sum(IDEOGRAPH if c >= _FIRST_IDEOGRAPH else 1 for c in found)
 
 
 @cache

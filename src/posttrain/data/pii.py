@@ -184,6 +184,7 @@ def _phones(text: str) -> Iterator[Span]:
 
 # --- addresses of machines --------------------------------------------------------------------------------------------
 
+DOTTED = re.compile(r"\d\.\d{1,3}\.\d")
 IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w])(?!\.\d)")
 VERSION_BEFORE = re.compile(r"(?i)(?:\bv|version|release|build|section|chapter|§)\s*$")
 IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![\w:])")  # 2000::/3 is what is given out
@@ -191,14 +192,14 @@ SINGLE_DIGITS = 7  # "3.1.2.1" numbers a section or a release
 
 
 def _ips(text: str) -> Iterator[Span]:
-    for found in IPV4.finditer(text):
+    for found in IPV4.finditer(text) if DOTTED.search(text) else ():
         if (
             len(found[0]) > SINGLE_DIGITS
             and _is_global(found[0])
             and not VERSION_BEFORE.search(text[max(0, found.start() - 12) : found.start()])
         ):
             yield found.span()
-    for found in IPV6.finditer(text):
+    for found in IPV6.finditer(text) if ":" in text else ():
         address = found[0].rstrip(":") if not found[0].endswith("::") else found[0]
         if _is_global(address):
             yield found.start(), found.start() + len(address)

@@ -62,17 +62,27 @@ def _garbage(a: Audit) -> Iterator[Finding]:
         advice = "Mend the export that made them, or set filters: {garbage: drop}."
         if RARE in a.garbage or PIECES in a.garbage:
             advice += " What is only rare here may be a stray language: no filter drops that, look."
-        yield Finding("garbage", "fix", f"{_rows(len(ids))} that look damaged: {kinds}.", advice, ids)
+        yield Finding("garbage", "fix", f"{_rows(len(ids))} may be damaged: {kinds}.", advice, ids)
 
 
 def _copies(a: Audit) -> Iterator[Finding]:
     if a.copies.copies:
         said = f"{_rows(len(a.copies.copies))} with the content of an earlier row, letter for letter."
         yield Finding("copies", "fix", said, "A row that stands there twice counts twice: remove it.", a.copies.copies)
+    if a.near_copies:
+        said = f"{_rows(len(a.near_copies))} nearly the same as an earlier one."
+        yield Finding("near-copies", "fix", said, "Remove them, or keep the best of each kind.", a.near_copies)
     if a.copies.asked_again:
         said = f"{_rows(len(a.copies.asked_again))} with the prompt of an earlier row and another answer."
         advice = "Fine where it is meant. Keep them on one side of a split: posttrain data split does."
         yield Finding("asked-again", "look", said, advice, a.copies.asked_again)
+
+
+def _conflicts(a: Audit) -> Iterator[Finding]:
+    if a.conflicts:
+        said = f"{_rows(len(a.conflicts))} that another row contradicts: what is chosen here is rejected there."
+        advice = "The labels are noise, or the columns were swapped midway: look, and keep one of each."
+        yield Finding("conflicts", "fix", said, advice, a.conflicts)
 
 
 def _length_bias(a: Audit) -> Iterator[Finding]:
@@ -149,6 +159,7 @@ def _languages(a: Audit) -> Iterator[Finding]:
 CHECKS: tuple[Callable[[Audit], Iterator[Finding]], ...] = (
     _personal,
     _length_bias,
+    _conflicts,
     _dropped,
     _copies,
     _garbage,

@@ -14,6 +14,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 MOJIBAKE = re.compile(r"Ã[\x80-\xbf]|â€[\x80-\xbf™œ“”¦˜š]|Â[\xa0-\xbf](?=[\w\s])|ï»¿|ðŸ")  # UTF-8 read as Latin-1
 HIDDEN = re.compile(r"[\u200b\u202a-\u202e\u2060\u2066-\u2069\ufeff\ue000-\uf8ff]")
 ONE_CHARACTER = re.compile(r"([^\s\d=\-_.*#~+|/\\─═·•])\1{19,}")
+ALPHANUMERIC = re.compile(r"[^\W_]+")
 SYMBOLS_FROM = 50  # characters without white space
 SYMBOLS_SHARE = 0.2  # fewer letters and digits than this: not prose, not code
 REPEATS_FROM = 500  # bytes
@@ -75,8 +76,8 @@ def _texts(look: Look) -> tuple[str, ...]:
 def _mostly_symbols(text: str) -> bool:
     if len(text) < SYMBOLS_FROM:
         return False
-    written = [c for c in text if not c.isspace()]
-    return len(written) >= SYMBOLS_FROM and sum(c.isalnum() for c in written) < SYMBOLS_SHARE * len(written)
+    written = sum(map(len, text.split()))
+    return written >= SYMBOLS_FROM and sum(map(len, ALPHANUMERIC.findall(text))) < SYMBOLS_SHARE * written
 
 
 def _repeats_itself(text: str) -> bool:

@@ -25,9 +25,10 @@ from posttrain.data.audit.manner import (
 )
 from posttrain.data.audit.preference import LengthBias, length_bias
 from posttrain.data.audit.shares import share
+from posttrain.data.hygiene import audit_pairs
 from posttrain.data.language import UNKNOWN, guess
 from posttrain.data.pii import kinds
-from posttrain.records import Interval, Measured, Row, Task
+from posttrain.records import Interval, Measured, Pair, Row, Task
 
 LANGUAGE_CONFIDENCE = 0.8
 DIGITS = 4  # of shares and means in JSON
@@ -69,6 +70,8 @@ class Audit:
     length_bias: LengthBias | None
     with_answer: Measured | None  # prompts that have a gold answer
     copies: Copies
+    near_copies: tuple[str, ...] | None  # ids of rows that nearly repeat an earlier one; None: nobody looked
+    conflicts: tuple[str, ...]  # ids of pairs whose opposite is also there
     garbage: Mapping[str, tuple[str, ...]]
     personal: Personal
     languages: Languages
@@ -86,9 +89,12 @@ def audit(
     sources: Sequence[str] = (),
     dropped: Sequence[tuple[str, str]] = (),
     tokens: Callable[[str], int] | None = None,
+    near_copies: Sequence[str] | None = None,
 ) -> Audit:
-    """Every statistic of at least one row. `dropped` are (row id, reason); `tokens` counts the tokens of a text."""
+    """Every statistic of at least one row. `dropped` are (row id, reason); `tokens` counts the tokens of a text;
+    `near_copies` comes from whoever searched for near-duplicates."""
     looks = [look(row) for row in rows]
+    pairs = [row for row in rows if isinstance(row, Pair)]
     reasons: dict[str, list[str]] = {}
     for row_id, reason in dropped:
         reasons.setdefault(reason, []).append(row_id)
@@ -108,6 +114,8 @@ def audit(
         length_bias=length_bias(looks),
         with_answer=_with_answer(rows),
         copies=copies(looks),
+        near_copies=None if near_copies is None else tuple(near_copies),
+        conflicts=audit_pairs(pairs).contradicting if pairs else (),
         garbage=garbage_rows(looks, tokens),
         personal=personal(rows),
         languages=languages(looks),

@@ -33,7 +33,8 @@ def figures(audit: Audit) -> dict[str, str]:
     if audit.preambles and audit.preambles.openings:
         said["most frequent openings"] = ", ".join(f"“{words}” {n:,}" for words, n in audit.preambles.openings[:5])
     said["languages"] = _counts(audit.languages.counts)
-    said["copies"] = f"{len(audit.copies.copies):,} exact, {len(audit.copies.asked_again):,} prompts asked again"
+    near = "" if audit.near_copies is None else f", {len(audit.near_copies):,} near"
+    said["copies"] = f"{len(audit.copies.copies):,} exact{near}; {len(audit.copies.asked_again):,} prompts asked again"
     said["personal data"] = _counts(audit.personal.hits) or "none found"
     said["garbage"] = _counts({name: len(ids) for name, ids in audit.garbage.items()}) or "none found"
     return said
