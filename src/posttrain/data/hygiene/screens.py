@@ -50,6 +50,8 @@ class Contamination:
 
     def __call__(self, rows: Iterable[T]) -> Iterator[tuple[T, Verdict | None]]:
         source = iter(rows)
+        if not self._index.laid.documents:
+            yield from ((row, None) for row in source)
         while some := list(islice(source, CHUNK)):
             documents = [document(row) if isinstance(row, Row) else Document("", ()) for row in some]
             for row, hits in zip(some, self._index.search(documents), strict=True):
