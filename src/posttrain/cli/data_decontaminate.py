@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from posttrain.data.sources import RawRow
 
 SHOWN = 10
-ALONE = 20_000  # rows below which a second process is not worth its start
+ALONE = 100_000  # rows below which a second process is not worth its start
 
 AgainstOption = Annotated[
     list[str],

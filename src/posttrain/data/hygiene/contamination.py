@@ -167,7 +167,7 @@ def read_evaluation(path: Path) -> list[Document]:
 def overlapping(rows: Iterable[Document], index: Index, processes: int = 1) -> Iterator[tuple[Overlap, ...]]:
     """For each row, in order, the evaluation items it holds. Rows are read as they are needed, a few chunks ahead.
 
-    Several processes are worth their start from some ten thousand rows on.
+    Several processes are worth their start from a hundred thousand rows or so on.
     """
     source = iter(rows)
     chunks = iter(lambda: list(islice(source, CHUNK)), [])
