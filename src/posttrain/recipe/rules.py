@@ -181,6 +181,19 @@ def filters_fault(filters: FilterSettings, said: Mapping[str, Any]) -> str | Non
     return None
 
 
+def _nothing_to_compare(stage: StageView) -> str | None:
+    if stage.says("decontaminate") and stage.settings.gate is None and not stage.settings.decontaminate.against:
+        return " is set but never read: there is no gate, and against names no evaluation set. Name one, or remove it."
+    return None
+
+
+def _unread_shingle(stage: StageView) -> str | None:
+    dedup = stage.settings.dedup
+    if dedup is not None and dedup.near is None and "shingle" in (stage.raw.get("dedup") or {}):
+        return ".shingle is set but never read: near is null. Set near: 0.8, or remove it."
+    return None
+
+
 def _unread_min_lr(stage: StageView) -> str | None:
     if stage.says("min_lr_ratio") and stage.settings.lr_scheduler_type == "constant":
         return " is set but never read: a constant schedule does not decay. Use cosine or linear, or remove it."
@@ -269,6 +282,8 @@ RULES = (
     Rule("lora", ("adapter",), _unread_lora),
     Rule("min_lr_ratio", ("lr_scheduler_type",), _unread_min_lr),
     Rule("filters", (), _filters),
+    Rule("decontaminate", ("gate",), _nothing_to_compare),
+    Rule("dedup", (), _unread_shingle),
     Rule("eval_steps", ("eval_datasets",), _unread_eval_steps),
     Rule("load_best_model_at_end", ("eval_datasets", "eval_steps"), _nothing_to_choose),
     Rule("eval_datasets", ("datasets",), _trained_on_heldout),
