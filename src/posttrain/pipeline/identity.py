@@ -8,7 +8,7 @@ from pathlib import Path
 
 from posttrain import paths
 from posttrain.errors import DataError, PosttrainError, RecipeError
-from posttrain.gate.suites import Suite
+from posttrain.gate.suites import Suite, is_suite, load_suite
 from posttrain.models.hub import reach
 from posttrain.recipe import Recipe, Stage, fingerprint
 from posttrain.records import ArtefactRef
@@ -145,8 +145,15 @@ def stage_fingerprint(
             "settings": {key: value for key, value in stage.as_dict().items() if key != "gate"},
             "parent": parent.fingerprint,
             "data": [file_hash(recipe.resolve(d.path)) for d in [*s.datasets, *s.eval_datasets]],
+            "against": [_evaluation_hash(recipe, name) for name in s.decontaminate.against],
             "suite": suite.fingerprint if suite else None,
             "template": template,
             "seed": seed,
         }
     )
+
+
+def _evaluation_hash(recipe: Recipe, name: str) -> str:
+    """A suite by its meaning, since its file only names the items; any other evaluation set by its bytes."""
+    path = recipe.resolve(name)
+    return load_suite(path, recipe.resolve).fingerprint if is_suite(path) else file_hash(path)

@@ -16,11 +16,11 @@ from posttrain.gate.report import line as gate_line
 from posttrain.gate.suites import Suite
 from posttrain.methods.registry import METHODS, StageResult
 from posttrain.methods.registry import Stage as MethodStage
-from posttrain.methods.stage import prompt_text
 from posttrain.models.adapters import add_lora
 from posttrain.models.load import LoadOptions, load_policy, save_policy, saved_differs, weights_fingerprint
 from posttrain.models.policy import Policy
 from posttrain.pipeline.answers import Answers
+from posttrain.pipeline.held_out import held_out
 from posttrain.pipeline.identity import Parent, reference_of, stage_fingerprint, stage_seed
 from posttrain.recipe import Recipe, Stage, fingerprint
 from posttrain.records import ArtefactRef, GateReport
@@ -155,10 +155,10 @@ def _train_and_save(sr: StageRun) -> None:
         sr.answers(sr.suite).of_loaded(policy, renderer, sr.parent.fingerprint, str(sr.parent.ref))
     if s.adapter == "lora":
         add_lora(policy, s.lora, seed=derive_seed(sr.seed, "adapter"))
-    held_out = [(item.id, prompt_text(item.prompt)) for item in sr.suite.items] if sr.suite else []
-    method = MethodStage(
-        policy, renderer, sr.run.recipe.resolve, sr.place, sr.run.reporter, held_out, _reference_loader(sr)
-    )
+    recipe = sr.run.recipe
+    items = held_out(recipe, s, sr.suite)
+    loader = _reference_loader(sr)
+    method = MethodStage(policy, renderer, recipe.resolve, sr.place, sr.run.reporter, items, loader)
     result = METHODS[sr.stage.method](method, s)
 
     def save(directory: Path) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from posttrain.settings.adapter import LoraSettings
 from posttrain.settings.base import Positive, Section, Share
 from posttrain.settings.data import DatasetSettings
+from posttrain.settings.filters import FilterSettings
 from posttrain.settings.gate import GateSettings, Retry, RetryPolicy
+from posttrain.settings.hygiene import DecontaminateSettings, DedupSettings
 from posttrain.settings.preference import CPOSettings, DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
 from posttrain.settings.recipe import RecipeSettings
 from posttrain.settings.rl import GRPOSettings
@@ -34,6 +36,9 @@ __all__ = [
     "CPOSettings",
     "DPOSettings",
     "DatasetSettings",
+    "DecontaminateSettings",
+    "DedupSettings",
+    "FilterSettings",
     "GRPOSettings",
     "GateSettings",
     "KTOSettings",
