@@ -17,12 +17,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from posttrain.data.order import batches
-from posttrain.data.stream import stream
 from posttrain.losses.advantage import group_normalised, has_spread
 from posttrain.losses.kl import k3
 from posttrain.losses.policy import Sampled, grpo
 from posttrain.losses.terms import LossSum, Mean
-from posttrain.methods.prepared import evaluation_rows, stage_result, training_rows
+from posttrain.methods.prepared import Prepared, evaluation_rows, kept_tasks, stage_result, training_rows
 from posttrain.methods.stage import Stage, StageResult
 from posttrain.models.policy import disable_dropout
 from posttrain.models.reference import Reference
@@ -32,7 +31,7 @@ from posttrain.rewards.proof import prove
 from posttrain.rollout.collect import Rollout, collect, figures, refuse_failures
 from posttrain.rollout.local import LocalEngine
 from posttrain.seeds import derive_seed
-from posttrain.settings import DatasetSettings, GRPOSettings
+from posttrain.settings import GRPOSettings
 from posttrain.train.health import after_dead_batch
 from posttrain.train.loop import train
 from posttrain.train.objective import Evaluation, StepBatch
@@ -166,8 +165,9 @@ def run(stage: Stage, s: GRPOSettings) -> StageResult:
     with mix.build(s.rewards) as rewards:
         found = training_rows(stage, s, "task")
         evaluation = evaluation_rows(stage, s, "task")
-        tasks, prompts = _kept(stage, s.datasets, found.trees)
-        held_out, held_out_prompts = _kept(stage, s.eval_datasets, evaluation.trees if evaluation else ())
+        prompts, held_out_prompts = _by_id(found), _by_id(evaluation)
+        tasks = kept_tasks(stage, s.datasets, found, prompts)
+        held_out = kept_tasks(stage, s.eval_datasets, evaluation, held_out_prompts) if evaluation else []
         prove(rewards, [*tasks, *held_out])
         n_rounds = math.ceil(s.max_steps / s.num_iterations) if s.max_steps else None
         objective = GRPOObjective(
@@ -190,13 +190,8 @@ def run(stage: Stage, s: GRPOSettings) -> StageResult:
     return stage_result(trained, found, evaluation)
 
 
-def _kept(
-    stage: Stage, datasets: Sequence[DatasetSettings], prompts: Sequence[Tree]
-) -> tuple[list[Task], dict[str, tuple[int, ...]]]:
-    """The tasks whose prompts were kept, with everything the rewards compare with; and those prompts by task id."""
-    prompt_ids = {tree.id: tree.trunk_ids for tree in prompts}
-    rows = stream(datasets, stage.resolve, "task") if prompt_ids else ()
-    return [row for row in rows if isinstance(row, Task) and row.id in prompt_ids], prompt_ids
+def _by_id(found: Prepared | None) -> dict[str, tuple[int, ...]]:
+    return {tree.id: tree.trunk_ids for tree in found.trees} if found else {}
 
 
 def _group(rollout: Rollout, advantages: Sequence[float | None]) -> Item:

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -32,6 +32,7 @@ from posttrain.errors import ArtefactError, DataError
 from posttrain.methods.screens import Contamination, PairsAudited
 from posttrain.methods.stage import Stage, StageResult, refuse_beyond_positions
 from posttrain.recipe import canonical_json
+from posttrain.records import Task
 from posttrain.registry.files import verify, write_directory, writing
 from posttrain.reporting import Reporter, duration
 from posttrain.settings import DatasetSettings, StageSettings
@@ -96,6 +97,14 @@ def evaluation_rows(stage: Stage, s: StageSettings, kind: str) -> Prepared | Non
     return _rows(stage, s, s.eval_datasets, kind, Bucket.EVALUATED, [], EVALUATION_ROWS)
 
 
+def kept_tasks(stage: Stage, datasets: Sequence[DatasetSettings], found: Prepared, ids: Container[str]) -> list[Task]:
+    """The tasks whose prompts were kept, with everything the rewards compare with. They stay in memory."""
+    rows = stream(datasets, stage.resolve, "task")
+    tasks = [row for row in rows if isinstance(row, Task) and row.id in ids]
+    _refuse_changed(rows.sources, [source.sha256 for source in found.sources])
+    return tasks
+
+
 def refuse_unending(stage: Stage, found: Prepared) -> None:
     """The model learns to stop only from answers that end with a token the sampler stops on, and that carries loss."""
     n_answers, n_ending = found.summary.n_answers, found.summary.n_ending
@@ -150,6 +159,7 @@ def _rows(
             found = _open(folder)
     refuse_losses(found.counts, s.max_drop_rate)
     with writing(stage.place.directory):
+        stage.place.directory.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / ROWS, stage.place.directory / ledger)
     return found
 
