@@ -88,18 +88,33 @@ def test_worked_by_hand() -> None:
     torch.testing.assert_close(hidden.grad[0, 0], ln(5) - (ln(2) / 4 + 5 / 8 * ln(5)))
 
 
+@pytest.mark.parametrize("keep", [0, 1 << 20])
 @pytest.mark.parametrize("logits_per_tile", [1, V, 3 * V + 1])
-def test_small_tiles_give_what_one_tile_gives(monkeypatch: pytest.MonkeyPatch, logits_per_tile: int) -> None:
+def test_small_tiles_and_recomputed_ones_give_what_one_kept_tile_gives(
+    monkeypatch: pytest.MonkeyPatch, logits_per_tile: int, keep: int
+) -> None:
     results = []
-    for tile in (head_module.TILE, logits_per_tile):
-        monkeypatch.setattr(head_module, "TILE", tile)
+    for tile, kept in ((1 << 20, 1 << 20), (logits_per_tile, keep)):
+        monkeypatch.setattr(head_module, "TILE", {"cpu": tile})
+        monkeypatch.setattr(head_module, "KEEP", {"cpu": kept})
+        monkeypatch.setattr(head_module, "LEAST_ROWS", 1)
         hidden, target, head = inputs(torch.float32, **VARIANTS["all"])
         wrt = [hidden.requires_grad_(), *leaves(head)]
         scored = score(hidden, target, head)
         results.append([scored.logp_N, scored.entropy_N, *torch.autograd.grad(scored.logp_N.square().sum(), wrt)])
-    assert len(head_module._tiles(N, V)) > 1
+    assert len(head_module._tiles(N, V, hidden.device)) > 1
     for one, many in zip(*results, strict=True):
         torch.testing.assert_close(many, one, atol=1e-5, rtol=1e-6)
+
+
+def test_a_large_head_that_trains_keeps_no_row_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved for the backward pass must not grow with N times V once KEEP is reached."""
+    hidden, target, head = inputs(torch.float32)
+    leaves(head)
+    for keep, expected in ((N * V, True), (N * V - 1, False)):
+        monkeypatch.setattr(head_module, "KEEP", {"cpu": keep})
+        saved = score(hidden.requires_grad_(), target, head).logp_N.grad_fn.saved_tensors
+        assert any(t is not None and t.shape == (N, V) for t in saved) == expected
 
 
 def test_a_frozen_head_gives_the_same_gradient_to_the_hidden_states() -> None:

@@ -1,11 +1,14 @@
 """Log-probabilities at scored positions only. The (T, V) logits of a batch never exist.
 
-Axes: N scored positions, D width, V vocabulary. Work runs in tiles of at most `TILE` logits.
+Axes: N scored positions, D width, V vocabulary, R rows of a tile.
 
 Per position: logit_V = f(W h + b) / temperature with f the model's own soft cap, lse = logsumexp(logit_V),
-logp = logit[target] − lse and entropy = lse − Σ p·logit. The gradient of logp to the hidden state is
-W[target] − Σ_v p_v W_v, which does not depend on what comes after: it is formed in the forward pass, so a frozen head
-costs two vocabulary products and no recomputation. Only a head that trains recomputes its tile in the backward pass.
+logp = logit[target] − lse and entropy = lse − Σ p·logit. The slope d logp / d raw_V = f′ (onehot − p) / temperature
+does not depend on what comes after, so it is formed in the forward pass, in the very memory of the logits:
+
+    frozen head                 its product with W is kept, (N, D): two vocabulary products in all
+    head that trains, N·V small the slope itself is kept, (N, V): three, and no second pass over it
+    head that trains, N·V large its product with W is kept, and the tile computed again for W's gradient: four
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-TILE = 1 << 24  # logits held at once
+TILE = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits of a tile: on a CPU it should stay in its cache
+LEAST_ROWS = 64  # of a tile, or its matrix products become slow
+KEEP = {"cpu": 1 << 26, "cuda": 1 << 28}  # entries of the slope that may be kept for the backward pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +34,14 @@ class Head:
 
     def logits(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
         """(N, V) in float32 or wider. For the sampler and the tiles below; never call it on a whole training batch."""
-        raw_NV = (hidden_ND @ self.weight_VD.to(hidden_ND.dtype).T).to(_wide(hidden_ND))
+        logit_NV = (hidden_ND @ self.weight_VD.to(hidden_ND.dtype).T).to(_wide(hidden_ND))
         if self.bias_V is not None:
-            raw_NV = raw_NV + self.bias_V.to(raw_NV.dtype)
-        raw_NV = raw_NV * self.scale
+            logit_NV += self.bias_V
         if self.softcap is not None:
-            raw_NV = self.softcap * torch.tanh(raw_NV / self.softcap)
-        return raw_NV / temperature
+            logit_NV = logit_NV.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / temperature)
+        elif self.scale != temperature:
+            logit_NV *= self.scale / temperature
+        return logit_NV
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -65,63 +71,95 @@ def score(hidden_ND: Tensor, target_N: Tensor, head: Head, *, temperature: float
     return Scored(logp_N, entropy_N)
 
 
-def _tiles(n: int, vocabulary: int) -> list[slice]:
-    size = max(1, TILE // vocabulary)
+def _on(device: torch.device, limit: dict[str, int]) -> int:
+    return limit[device.type if device.type in limit else "cuda"]
+
+
+def _tiles(n: int, vocabulary: int, device: torch.device) -> list[slice]:
+    size = max(LEAST_ROWS, _on(device, TILE) // vocabulary)
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
-def _squash_gradient(logit_NV: Tensor, head: Head, temperature: float) -> Tensor | float:
-    """d logit / d raw, entrywise: the chain rule through scale, soft cap and temperature."""
-    outer = head.scale / temperature
+def _score_tile(
+    head: Head, hidden_RD: Tensor, target_R: Tensor, temperature: float, *, slope: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(logp_R, entropy_R, slope_RV): one tile, worked in place."""
+    shifted_RV = head.logits(hidden_RD, temperature)
+    factor_RV = _squash(shifted_RV, head, temperature) if slope else None
+    shifted_RV -= shifted_RV.amax(-1, keepdim=True)
+    at_target_R1 = target_R[:, None]
+    target_logit_R = shifted_RV.gather(1, at_target_R1).squeeze(1)
+    p_RV = shifted_RV.exp()
+    sum_R = p_RV.sum(-1)
+    log_sum_R = sum_R.log()
+    entropy_R = log_sum_R - torch.einsum("rv,rv->r", p_RV, shifted_RV) / sum_R
+    if not slope:
+        return target_logit_R - log_sum_R, entropy_R, None
+    p_RV.mul_((-head.scale / temperature / sum_R)[:, None])
+    ones_R1 = torch.full_like(at_target_R1, head.scale / temperature, dtype=p_RV.dtype)
+    p_RV.scatter_add_(1, at_target_R1, ones_R1)
+    if factor_RV is not None:
+        p_RV *= factor_RV
+    return target_logit_R - log_sum_R, entropy_R, p_RV
+
+
+def _squash(logit_RV: Tensor, head: Head, temperature: float) -> Tensor | None:
+    """What a soft cap does to slopes: 1 − tanh²; None where there is none."""
     if head.softcap is None:
-        return outer
-    return outer * (1.0 - (logit_NV * temperature / head.softcap) ** 2)
+        return None
+    return (logit_RV * (temperature / head.softcap)).square_().neg_().add_(1.0)
 
 
 class _Score(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, softcap, scale, temperature):  # type: ignore[no-untyped-def]
         head = Head(weight_VD, bias_V, softcap, scale)
-        n = hidden_ND.shape[0]
+        n, vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
         logp_N = hidden_ND.new_empty(n, dtype=_wide(hidden_ND))
         entropy_N = torch.empty_like(logp_N)
-        needs_hidden = ctx.needs_input_grad[0]
-        slope_ND = torch.empty_like(hidden_ND) if needs_hidden else None  # d logp / d hidden
-        for tile in _tiles(n, weight_VD.shape[0]):
-            logit = head.logits(hidden_ND[tile], temperature)
-            lse = logit.logsumexp(dim=-1)
-            p = (logit - lse[:, None]).exp()
-            target = target_N[tile][:, None]
-            logp_N[tile] = logit.gather(1, target).squeeze(1) - lse
-            entropy_N[tile] = lse - (p * logit).sum(-1)
-            if slope_ND is not None:
-                d_raw = p.neg_().scatter_add_(1, target, torch.ones_like(target, dtype=p.dtype))
-                d_raw = d_raw * _squash_gradient(logit, head, temperature)
-                slope_ND[tile] = d_raw.to(hidden_ND.dtype) @ weight_VD.to(hidden_ND.dtype)
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, slope_ND)
+        needs_hidden, trains = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+        keeps = trains and n * vocabulary <= _on(hidden_ND.device, KEEP)
+        slope_NV = hidden_ND.new_empty(n, vocabulary) if keeps else None
+        slope_ND = torch.empty_like(hidden_ND) if needs_hidden and not keeps else None
+        compute = weight_VD.to(hidden_ND.dtype)
+        for tile in _tiles(n, vocabulary, hidden_ND.device):
+            logp_N[tile], entropy_N[tile], slope = _score_tile(
+                head, hidden_ND[tile], target_N[tile], temperature, slope=slope_ND is not None or keeps
+            )
+            if slope_NV is not None:
+                slope_NV[tile] = slope
+            elif slope_ND is not None:
+                assert slope is not None
+                slope_ND[tile] = slope.to(hidden_ND.dtype) @ compute
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, slope_ND, slope_NV)
         ctx.constants = softcap, scale, temperature
         ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N
 
     @staticmethod
     def backward(ctx, grad_N, _entropy):  # type: ignore[no-untyped-def]
-        hidden_ND, weight_VD, bias_V, target_N, slope_ND = ctx.saved_tensors
-        softcap, scale, temperature = ctx.constants
-        grad_hidden = slope_ND * grad_N[:, None].to(slope_ND.dtype) if slope_ND is not None else None
-        if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+        hidden_ND, weight_VD, bias_V, target_N, slope_ND, slope_NV = ctx.saved_tensors
+        grad_N1 = grad_N[:, None].to(hidden_ND.dtype)
+        if slope_NV is not None:
+            # The factor of each row is taken out of the products: no pass over (N, V).
+            grad_hidden = (slope_NV @ weight_VD.to(hidden_ND.dtype)).mul_(grad_N1) if ctx.needs_input_grad[0] else None
+            grad_weight = (slope_NV.T @ (grad_N1 * hidden_ND)).to(weight_VD.dtype)
+            grad_bias = (slope_NV.T @ grad_N1).squeeze(1).to(bias_V.dtype) if bias_V is not None else None
+            return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        grad_hidden = slope_ND * grad_N1 if slope_ND is not None else None
+        if not any(ctx.needs_input_grad[1:3]):
             return grad_hidden, None, None, None, None, None, None
+        softcap, scale, temperature = ctx.constants
         head = Head(weight_VD, bias_V, softcap, scale)
         wide = _wide(hidden_ND)
         grad_weight = torch.zeros_like(weight_VD, dtype=wide)
         grad_bias = torch.zeros_like(bias_V, dtype=wide) if bias_V is not None else None
-        for tile in _tiles(hidden_ND.shape[0], weight_VD.shape[0]):
-            logit = head.logits(hidden_ND[tile], temperature)
-            target = target_N[tile][:, None]
-            d_raw = logit.softmax(-1).neg_().scatter_add_(1, target, torch.ones_like(target, dtype=logit.dtype))
-            d_raw = d_raw * _squash_gradient(logit, head, temperature) * grad_N[tile][:, None]
-            grad_weight.addmm_(d_raw.T.to(hidden_ND.dtype).to(wide), hidden_ND[tile].to(wide))
+        for tile in _tiles(hidden_ND.shape[0], weight_VD.shape[0], hidden_ND.device):
+            _, _, slope = _score_tile(head, hidden_ND[tile], target_N[tile], temperature, slope=True)
+            assert slope is not None
+            grad_weight.addmm_(slope.T.to(hidden_ND.dtype).to(wide), (grad_N1[tile] * hidden_ND[tile]).to(wide))
             if grad_bias is not None:
-                grad_bias += d_raw.sum(0)
+                grad_bias += grad_N[tile] @ slope
         return (
             grad_hidden,
             grad_weight.to(weight_VD.dtype),
