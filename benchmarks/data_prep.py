@@ -59,7 +59,7 @@ def main() -> None:
         print(json.dumps(_memory(words.rows, words.processes, generated=words.generated) | _machine()))
     else:
         if not words.theirs:
-            parser.error("--theirs is missing; make bench-trl makes an environment that has it")
+            parser.error("--theirs is missing: the interpreter of an environment with TRL; make bench-trl makes one")
         _compare(words)
 
 
@@ -93,6 +93,11 @@ def _ratios(rounds: list[dict[str, Any]]) -> dict[str, Any]:
             ratios = [rate(r["ours"], batches=batches) / rate(r[other], batches=batches) for r in rounds]
             spread = [round(min(ratios), 2), round(max(ratios), 2)]
             found[f"{name}, {other}"] = {"median": round(median(ratios), 2), "range": spread}
+    for other in ("trl", "trl_processes"):  # what other programs on the machine hardly touch
+        found[f"processor time of preparing, {other} / ours"] = round(
+            median(r[other]["prepare_cpu"] / r["ours"]["prepare_cpu"] for r in rounds), 2
+        )
+    for name, batches in (("prepared", False), ("prepared_and_batched", True)):
         for side in ("ours", "trl", "trl_processes"):
             found[f"{name}, {side} rows/s"] = round(median(rate(r[side], batches=batches) for r in rounds))
     return found
@@ -113,11 +118,11 @@ def _ours(file: Path, processes: int) -> dict[str, Any]:
 
     renderer, job = _renderer_and_job()
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), sum(os.times()[:4])
         columns = {"prompt": "question", "completion": "answer"}
         rows = stream([DatasetSettings(path=str(file), columns=columns)], Path, "example")
         summary = prepare(rows, [], renderer, job, Path(folder), processes=processes, progress=lambda *_: None)
-        prepared = time.perf_counter()
+        prepared, cpu = time.perf_counter(), sum(os.times()[:4]) - cpu
         trees = PreparedTrees(Path(folder))
         n_tokens = n_scored = 0
         for step in batches(len(trees), BATCH, 1, seed=0):
@@ -126,7 +131,7 @@ def _ours(file: Path, processes: int) -> dict[str, Any]:
             n_scored += len(forest.table.target_N)
         batched = time.perf_counter()
     assert summary.n_tokens == n_tokens
-    seconds = {"prepare": prepared - began, "batches": batched - prepared}
+    seconds = {"prepare": prepared - began, "batches": batched - prepared, "prepare_cpu": cpu}
     return {"rows": len(trees), "tokens": n_tokens, "scored": n_scored, **seconds}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import tempfile
 import time
 import warnings
@@ -48,9 +49,10 @@ def main() -> None:
 
     class Timed(trl.SFTTrainer):
         def _prepare_dataset(self, *args, **kwargs):
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), sum(os.times()[:4])
             prepared = super()._prepare_dataset(*args, **kwargs)
             seconds["prepare"] = time.perf_counter() - began
+            seconds["prepare_cpu"] = sum(os.times()[:4]) - cpu  # with that of its processes, which have ended
             return prepared
 
     with tempfile.TemporaryDirectory() as folder:
