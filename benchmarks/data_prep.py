@@ -26,12 +26,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from posttrain.data.formats import stream
 from posttrain.data.job import Job
 from posttrain.data.ledger import Bucket
 from posttrain.data.prepare import prepare
 from posttrain.data.render import Renderer
 from posttrain.data.store import PreparedTrees, token_type
-from posttrain.data.stream import stream
 from posttrain.paths import ASSETS
 from posttrain.records import Example, Message
 from posttrain.settings import DatasetSettings
@@ -120,7 +120,7 @@ def _ours(file: Path, processes: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         began, cpu = time.perf_counter(), sum(os.times()[:4])
         columns = {"prompt": "question", "completion": "answer"}
-        rows = stream([DatasetSettings(path=str(file), columns=columns)], Path, "example")
+        rows = stream([DatasetSettings(path=str(file), columns=columns)], Path, Example)
         summary = prepare(rows, [], renderer, job, Path(folder), processes=processes, progress=lambda *_: None)
         prepared, cpu = time.perf_counter(), sum(os.times()[:4]) - cpu
         trees = PreparedTrees(Path(folder))
@@ -153,7 +153,7 @@ def _memory(n_rows: int, processes: int, *, generated: bool) -> dict[str, Any]:
         rows: Any = (
             (Example(f"made:{i}", (Message("user", q), Message("assistant", a))) for i, (q, a) in enumerate(made))
             if generated
-            else stream([DatasetSettings(path=str(file))], Path, "example")
+            else stream([DatasetSettings(path=str(file))], Path, Example)
         )
         out_folder = Path(folder) / "prepared"
         out_folder.mkdir()

@@ -9,12 +9,12 @@ from data_help import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posttrain.data.formats import stream
 from posttrain.data.ledger import Bucket, Counts, Entry, Ledger, Lost, source_of
 from posttrain.data.length import Long, Overflow, fit, overflow
 from posttrain.data.prepare import refuse_losses
-from posttrain.data.stream import stream
 from posttrain.errors import DataError
-from posttrain.records import Branch, Tree
+from posttrain.records import Branch, Pair, Tree
 from posttrain.settings import DatasetSettings
 
 
@@ -116,7 +116,7 @@ def test_counts_always_add_up(fates: list[tuple[str, Bucket, str, int]], rate: f
 
 
 def test_what_the_format_dropped_comes_in_as_dropped() -> None:
-    rows = stream([DatasetSettings(path="hh-harmless-test.jsonl.gz")], lambda p: shared(f"data/{p}"), "pair")
+    rows = stream([DatasetSettings(path="hh-harmless-test.jsonl.gz")], lambda p: shared(f"data/{p}"), Pair)
     reasons = Counter(getattr(row, "reason", "kept") for row in rows)
     assert reasons == {"kept": 2308, "empty answer": 4}
     assert [source.n_read for source in rows.sources] == [2312]
