@@ -25,7 +25,7 @@ from posttrain.models.load import load_policy
 from posttrain.models.policy import Policy
 from posttrain.paths import ASSETS
 from posttrain.records import Example
-from posttrain.settings import SFTSettings
+from posttrain.settings import DatasetSettings, SFTSettings
 from posttrain.train.loop import Place
 
 TRAIN = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(12)]
@@ -311,3 +311,13 @@ def test_a_tokenizer_without_a_description_of_itself_is_known_by_its_files() -> 
             Path(folder, "vocab.txt").write_text(self.words)
 
     assert tokenizer_fingerprint(Plain("a")) == tokenizer_fingerprint(Plain("a")) != tokenizer_fingerprint(Plain("b"))
+
+
+def test_a_stream_without_a_commit_may_bring_other_rows_and_is_never_found() -> None:
+    def pinned(**keys: Any) -> bool:
+        return prepared.Wanted([DatasetSettings(path="acme/rows", **keys)], ("",), None, None).is_pinned  # type: ignore[arg-type]
+
+    assert pinned()
+    assert pinned(streaming=True, revision="0123456789abcdef0123456789abcdef01234567")
+    assert not pinned(streaming=True)
+    assert not pinned(streaming=True, revision="main")

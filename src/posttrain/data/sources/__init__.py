@@ -17,6 +17,7 @@ from posttrain.data.sources import hub, tables, text
 from posttrain.data.sources.rows import RawRow, not_an_object
 from posttrain.errors import DataError, RecipeError
 from posttrain.settings import DatasetSettings
+from posttrain.settings.data import hub_keys
 
 Resolve = Callable[[str], Path]
 Numbered = Iterator[tuple[int, Any]]
@@ -92,7 +93,7 @@ def _open(dataset: DatasetSettings, path: Path | None, label: str) -> OpenSource
     files = tables.saved_files(path, dataset.split) if path.is_dir() else None
     if path.is_dir() and files is None and not _reader_of(path):
         return _open_hub(dataset, str(path), label)
-    _refuse_hub_keys(dataset, path, is_folder=path.is_dir())
+    _refuse_hub_keys(dataset, path)
     if files is not None:
         return _open_files(path, files, READERS[".arrow"], label)
     reader = _reader_of(path)
@@ -109,16 +110,11 @@ def _reader_of(path: Path) -> Reader | None:
     return next((reader for suffix, reader in READERS.items() if path.name.endswith(suffix)), None)
 
 
-def _refuse_hub_keys(dataset: DatasetSettings, path: Path, *, is_folder: bool) -> None:
-    given = {
-        "name": dataset.name is not None,
-        "split": dataset.split != "train" and not is_folder,
-        "revision": dataset.revision is not None,
-        "streaming": dataset.streaming,
-    }
-    if unread := [key for key, said in given.items() if said]:
+def _refuse_hub_keys(dataset: DatasetSettings, path: Path) -> None:
+    told = dataset if not path.is_dir() else dataset.model_copy(update={"split": "train"})
+    if unread := hub_keys(told):
         raise DataError(
-            f"{' and '.join(unread)} would never be read: this is no data set of the Hub.",
+            f"{unread} would never be read: this is no data set of the Hub.",
             where=str(path),
             remedy="Remove the key.",
         )
