@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.sources.tables import without_nulls
+from posttrain.data.sources.tables import first_line, without_nulls
 from posttrain.errors import DataError
 from posttrain.network import go_offline_if_unreachable
 from posttrain.settings import DatasetSettings
@@ -31,7 +31,7 @@ def load(dataset: DatasetSettings, path: str) -> Any:
     try:
         return load_dataset(path, **asked)
     except Exception as fault:  # network, Hub, cache, builder: `datasets` passes on whatever it meets
-        said = str(fault).strip().split("\n")[0].rstrip(".") or type(fault).__name__
+        said = first_line(fault)
         raise DataError(
             f"datasets cannot load it (split {dataset.split}): {said}.",
             where=dataset.path,
@@ -49,7 +49,7 @@ def rows(loaded: Any, dataset: DatasetSettings) -> Iterator[tuple[int, Any]]:
     except DataError:
         raise
     except Exception as fault:
-        said = str(fault).strip().split("\n")[0].rstrip(".") or type(fault).__name__
+        said = first_line(fault)
         raise DataError(
             f"datasets fails after row {number}: {said}.", where=dataset.path, remedy="Try again, or download it first."
         ) from None
