@@ -67,6 +67,15 @@ def open_sources(datasets: Sequence[DatasetSettings], resolve: Resolve) -> list[
     return [_open(dataset, path, label) for dataset, path, label in zip(datasets, found, labels, strict=True)]
 
 
+def names_of(datasets: Sequence[DatasetSettings]) -> list[str]:
+    """What each data set is called in reports: all different."""
+    names: list[str] = []
+    for dataset in datasets:
+        extra = (dataset.name, dataset.split if dataset.split != "train" else None)
+        names.append("/".join(filter(None, (dataset.path, *extra))))
+    return _made_unique(names)
+
+
 def content_hash(dataset: DatasetSettings, resolve: Resolve) -> str:
     """Identity of what a data set holds. Of a streamed one: its name at its revision."""
     source = open_sources([dataset], resolve)[0]
@@ -191,15 +200,23 @@ def _labels(datasets: Sequence[DatasetSettings], found: Sequence[Path | None]) -
     """Row ids begin with the file's name; with the recipe's path where names collide; and "#2" for a repeated one."""
     shown = [_hub_label(d) if path is None else path.name for d, path in zip(datasets, found, strict=True)]
     names = Counter(shown)
-    labels: list[str] = []
-    for dataset, path, name in zip(datasets, found, shown, strict=True):
-        label = name if names[name] == 1 else dataset.path
-        if path is None or (path.is_dir() and dataset.split != "train"):
-            label = _hub_label(dataset)
-        earlier = sum(before.split("#")[0] == label for before in labels)
-        labels.append(f"{label}#{earlier + 1}" if earlier else label)
-    return labels
+    longer = [
+        _hub_label(d) if path is None or path.is_dir() else d.path for d, path in zip(datasets, found, strict=True)
+    ]
+    return _made_unique([name if names[name] == 1 else long for name, long in zip(shown, longer, strict=True)])
 
 
 def _hub_label(dataset: DatasetSettings) -> str:
     return "/".join(filter(None, (dataset.path, dataset.name, dataset.split)))
+
+
+def _made_unique(names: Sequence[str]) -> list[str]:
+    """The second of a name gets "#2", or the next number that nobody has."""
+    unique: list[str] = []
+    for name in names:
+        new, n = name, 1
+        while new in unique or (n > 1 and new in names):
+            n += 1
+            new = f"{name}#{n}"
+        unique.append(new)
+    return unique
