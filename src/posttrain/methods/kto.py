@@ -181,9 +181,9 @@ class KTOObjective:
             return
         good, bad = seen["reward_good"], seen["reward_bad"]
         margin = Mean(good.value - bad.value, 1) if good.count and bad.count else Mean(0.0, 1)
-        said = self._watch.after_step(seen["good_fallen_share"], margin)
+        said = self._watch.after_step(seen["good_fallen_share"], margin, ADVICE)
         if said is not None:
-            self.reporter.line(f"{self.label}: warning: {said} {ADVICE}")
+            self.reporter.line(f"{self.label}: warning: {said}")
 
 
 def run(stage: Stage, s: KTOSettings) -> StageResult:

@@ -218,9 +218,9 @@ class PairObjective:
         seen, self._seen = self._seen, {}
         if "chosen_fallen_share" not in seen:
             return
-        said = self._watch.after_step(seen["chosen_fallen_share"], seen["reward_margin"])
+        said = self._watch.after_step(seen["chosen_fallen_share"], seen["reward_margin"], self.loss_of.advice)
         if said is not None:
-            self.reporter.line(f"{self.label}: warning: {said} {self.loss_of.advice}")
+            self.reporter.line(f"{self.label}: warning: {said}")
 
 
 def _learned(policy: PairLogps) -> list[Tensor]:
