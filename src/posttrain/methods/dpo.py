@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.data.formats import read_pairs
-from posttrain.data.hygiene import audit_pairs
 from posttrain.data.order import batches
+from posttrain.data.store import Mapped
 from posttrain.errors import TrainingStopped
 from posttrain.losses.preference import PREFERENCE_LOSSES, PairLogp
 from posttrain.losses.terms import LossSum, Mean, add_metrics
 from posttrain.losses.tokens import per_branch_sum
-from posttrain.methods.stage import Stage, StageResult, account, counts, fit_evaluation, fit_rows, refuse_unending
+from posttrain.methods.prepared import evaluation_rows, refuse_unending, stage_result, training_rows
+from posttrain.methods.stage import Stage, StageResult
 from posttrain.models.load import weights_fingerprint
 from posttrain.models.policy import Policy, disable_dropout
 from posttrain.models.reference import Reference
@@ -103,15 +103,10 @@ class DPOObjective:
 
 def run(stage: Stage, s: DPOSettings) -> StageResult:
     disable_dropout(stage.policy.model)
-    loaded = read_pairs(s.datasets, stage.resolve)
-    stage.reporter.line(f"{stage.name}: {audit_pairs(loaded.rows)}")
-    ledger, rows = account(stage, loaded, s)
-    trees = fit_rows(stage, stage.renderer.pairs(rows), ledger, s)
-    refuse_unending(stage, trees)
-    held_out: list[Tree] = []
-    if s.eval_datasets:
-        evaluation = read_pairs(s.eval_datasets, stage.resolve)
-        held_out = fit_evaluation(stage.renderer.pairs(evaluation.rows), evaluation, s)
+    found = training_rows(stage, s, "pair")
+    refuse_unending(stage, found)
+    evaluation = evaluation_rows(stage, s, "pair")
+    trees, held_out = found.trees, evaluation.trees if evaluation else ()
     reference = Reference(stage.policy)
     items = ask_reference(reference, stage, trees, s.micro_batch_tokens, "reference")
     held_out_items = ask_reference(reference, stage, held_out, s.micro_batch_tokens, "reference-eval")
@@ -121,12 +116,12 @@ def run(stage: Stage, s: DPOSettings) -> StageResult:
     objective = DPOObjective(stage.policy, items, held_out_items, steps, s)
     trained = train(stage.policy, objective, s, stage.place, stage.reporter)
     reference.refuse_if_changed()
-    return StageResult(trained, loaded.sources, counts(ledger))
+    return stage_result(trained, found, evaluation)
 
 
 def ask_reference(
     reference: Reference, stage: Stage, trees: Sequence[Tree], token_budget: int, name: str
-) -> list[Item]:
+) -> Sequence[Item]:
     """The reference's log-probs of every pair, from disk where the same weights were asked the same before.
 
     Training and evaluation rows are asked apart: files in different folders may give rows the same id.
@@ -139,12 +134,13 @@ def ask_reference(
     if logps is None:
         logps = {}
         with stage.reporter.task(f"{stage.name} reference", len(trees)) as task:
-            for micro in micro_batches([Item(t, 0.0, 0.0) for t in trees], token_budget):
+            for micro in micro_batches(Mapped(lambda tree: Item(tree, 0.0, 0.0), trees), token_budget):
                 pairs = _reference_pairs(reference, [item.tree for item in micro])
                 logps |= {item.tree.id: pair for item, pair in zip(micro, pairs, strict=True)}
                 task.update(len(logps))
         write_json_atomic(path, {"key": key, "logps": logps})
-    return [Item(tree, *logps[tree.id]) for tree in trees]
+    answers = logps
+    return Mapped(lambda tree: Item(tree, *answers[tree.id]), trees)
 
 
 def _reference_pairs(reference: Reference, trees: Sequence[Tree]) -> list[list[float]]:
