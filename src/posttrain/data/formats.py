@@ -236,7 +236,7 @@ def _from_prompt_completion(row: RawRow) -> Example:
         answer = (Message("assistant", _text(row, "completion")),)
     # A prompt given as messages is context: its assistant turns, if any, are not what this row teaches.
     context = tuple(Message(m.role, m.content, False) if m.role == "assistant" else m for m in _prompt(row))
-    return Example(id=row.id, messages=context + answer)
+    return Example(id=row.id, messages=context + answer, n_prompt=len(context))
 
 
 def _from_text(row: RawRow) -> Example:

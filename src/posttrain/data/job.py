@@ -8,7 +8,7 @@ from typing import Any
 
 from posttrain.data.ledger import Bucket, Entry
 from posttrain.data.length import OnOverflow, Overflow, fit, overflow
-from posttrain.data.render import Renderer, TrainOn
+from posttrain.data.render import LossOn, Renderer
 from posttrain.data.store import Packed, pack
 from posttrain.records import Row, Tree
 
@@ -22,7 +22,7 @@ class Job:
     max_length: int
     on_overflow: OnOverflow
     token_type: str
-    train_on: TrainOn = "all"
+    loss_on: LossOn = "assistant"
     room: int = 0  # tokens of an answer that is still to be sampled
 
 
@@ -55,7 +55,7 @@ def render_rows(renderer: Renderer, job: Job, rows: Sequence[Row]) -> Rendered:
 
 
 def _examples(renderer: Renderer, rows: Sequence[Any], job: Job) -> list[Tree]:
-    return renderer.examples(rows, job.train_on)
+    return renderer.examples(rows, job.loss_on)
 
 
 def _pairs(renderer: Renderer, rows: Sequence[Any], _job: Job) -> list[Tree]:
@@ -64,7 +64,7 @@ def _pairs(renderer: Renderer, rows: Sequence[Any], _job: Job) -> list[Tree]:
 
 def _prompts(renderer: Renderer, rows: Sequence[Any], _job: Job) -> list[Tree]:
     """A prompt without branches: its answers are still to be sampled."""
-    return [Tree(task.id, renderer.prompt_ids(task.prompt, task.id), ()) for task in rows]
+    return [Tree(task.id, renderer.prompt_ids(task.prompt, task.id, task.tools), ()) for task in rows]
 
 
 KINDS: dict[str, Callable[[Renderer, Sequence[Any], Job], list[Tree]]] = {

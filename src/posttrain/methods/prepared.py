@@ -145,7 +145,7 @@ def _rows(
         max_length=s.max_length,
         on_overflow=s.on_overflow,
         token_type=token_type(len(stage.renderer.tokenizer)),
-        train_on=getattr(s, "train_on", "all"),
+        loss_on=getattr(s, "loss_on", "assistant"),
         room=getattr(s, "max_completion_length", 0) if kind == "task" else 0,
     )
     content = tuple(_content(stage.resolve(dataset.path)) for dataset in datasets)
