@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.data.ledger import Bucket, Entry
-from posttrain.data.length import OnOverflow, Overflow, fit, overflow
+from posttrain.data.length import Lengths, OnOverflow, Overflow, fit, overflow
 from posttrain.data.render import LossOn, Renderer
 from posttrain.data.store import Packed, pack
 from posttrain.records import Row, Tree
@@ -33,13 +33,15 @@ class Rendered:
     entries: tuple[Entry, ...]
     trees: Packed
     overflow: Overflow
+    lengths: Lengths
     n_answers: int  # of conversations; plain text is none
     n_ending: int  # answers whose last token stops the sampler and carries loss
 
 
 def render_rows(renderer: Renderer, job: Job, rows: Sequence[Row]) -> Rendered:
     trees = KINDS[job.kind](renderer, rows, job) if rows else []
-    fitted = [fit(tree, job.max_length, job.on_overflow, job.bucket, job.room) for tree in trees]
+    together = job.kind != "example"  # a conversation whose last answer does not fit still has the ones before
+    fitted = [fit(tree, job.max_length, job.on_overflow, job.bucket, job.room, together=together) for tree in trees]
     kept = [tree for tree, _ in fitted if tree is not None]
     stops = frozenset(renderer.stop_token_ids)
     # Long plain text is often cut, and not there to teach stopping.
@@ -49,6 +51,7 @@ def render_rows(renderer: Renderer, job: Job, rows: Sequence[Row]) -> Rendered:
         entries=tuple(entry for _, entry in fitted),
         trees=pack(kept, job.token_type),
         overflow=overflow(trees, job.max_length, job.room),
+        lengths=Lengths.of(trees, job.room),
         n_answers=len(answers),
         n_ending=sum(b.token_ids[-1] in stops and b.scored[-1] for b in answers),
     )

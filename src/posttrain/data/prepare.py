@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from posttrain.data.formats import Dropped
 from posttrain.data.job import Job, Rendered, render_rows
 from posttrain.data.ledger import ROWS, Bucket, Counts, Entry, Ledger, Lost
-from posttrain.data.length import Overflow
+from posttrain.data.length import Lengths, Overflow
 from posttrain.data.render import Renderer
 from posttrain.data.store import TreeWriter
 from posttrain.data.worker import Workers
@@ -97,7 +97,7 @@ def prepare(
     `processes` None: as many as there are cores, once the rows turn out to be worth it. Raises the DataError of the
     first row that is at fault, in the order of the rows, whatever process found it.
     """
-    over = Overflow()
+    over, lengths = Overflow(), Lengths()
     n_rows = n_answers = n_ending = 0
     first_id = ""
     with ExitStack() as stack:
@@ -113,6 +113,7 @@ def prepare(
                 ledger.put(item.id, item.entry if isinstance(item, Lost) else next(entries))
             writer.add(done.trees)
             over += done.overflow
+            lengths += done.lengths
             n_rows += len(chunk)
             n_answers += done.n_answers
             n_ending += done.n_ending
@@ -120,8 +121,8 @@ def prepare(
             progress(n_rows, writer.n_tokens, crew.n)
         counts = ledger.close()
     if job.on_overflow == "error":
-        over.refuse(job.max_length, n_rows)
-    notes = tuple(note for screen in screens for note in screen.notes())
+        over.refuse(job.max_length, n_rows, lengths)
+    notes = (*(note for screen in screens for note in screen.notes()), *([str(lengths)] if lengths.rows else []))
     return Summary(counts, writer.n_trees, writer.n_tokens, n_answers, n_ending, notes, first_id)
 
 

@@ -39,6 +39,7 @@ from posttrain.settings import DatasetSettings, StageSettings
 from posttrain.train.loop import Trained
 
 EVALUATION_ROWS = "rows-eval.jsonl"  # the ledger of eval_datasets, beside that of the training rows
+MIN_ENDING = 0.5  # share of the answers that must end: below, most of them were cut
 SOURCES = "sources"  # in prepared.json, beside the summary
 LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy")  # what besides our own code decides token ids
 
@@ -111,11 +112,14 @@ def refuse_unending(stage: Stage, found: Prepared) -> None:
     if not n_answers:
         return  # plain text, which is not there to teach stopping
     end = stage.renderer.template.end.strip()
-    stage.reporter.line(f"{stage.name}: {n_ending:,} of {n_answers:,} answers end with {end}, where sampling stops")
-    if not n_ending:
+    cut = f"; {n_answers - n_ending:,} were cut and stay open" if n_ending < n_answers else ""
+    stage.reporter.line(
+        f"{stage.name}: {n_ending:,} of {n_answers:,} answers end with {end}, where sampling stops{cut}"
+    )
+    if n_ending < MIN_ENDING * n_answers:
         raise DataError(
-            f"not one of {n_answers:,} answers ends with {end} as a token with loss, so the model would never learn "
-            "to stop.",
+            f"{f'only {n_ending:,}' if n_ending else 'not one'} of {n_answers:,} answers ends with {end} as a token "
+            "with loss, so the model would learn to go on rather than to stop.",
             where=found.summary.first_id,
             remedy="Raise max_length so that whole answers fit, or set on_overflow: drop.",
         )
