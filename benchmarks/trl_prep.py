@@ -8,16 +8,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import tempfile
 import time
 import warnings
+from pathlib import Path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("file")
     parser.add_argument("--model", required=True)
-    parser.add_argument("--repeat", type=int, required=True)
     parser.add_argument("--num-proc", type=int)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--max-length", type=int, required=True)
@@ -35,7 +36,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
-    with open(words.file, encoding="utf-8") as file:
+    with Path(words.file).open(encoding="utf-8") as file:
         read = [json.loads(line) for line in file]
     rows = [
         {
@@ -43,14 +44,15 @@ def main() -> None:
             "completion": [{"role": "assistant", "content": row["answer"]}],
         }
         for row in read
-    ] * words.repeat
+    ]
     seconds = {}
 
     class Timed(trl.SFTTrainer):
         def _prepare_dataset(self, *args, **kwargs):
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), sum(os.times()[:4])
             prepared = super()._prepare_dataset(*args, **kwargs)
             seconds["prepare"] = time.perf_counter() - began
+            seconds["prepare_cpu"] = sum(os.times()[:4]) - cpu  # with that of its processes, which have ended
             return prepared
 
     with tempfile.TemporaryDirectory() as folder:

@@ -17,12 +17,22 @@ from small_run import dpo, gate, go, grpo, recipe, rows, sft, small_data, tiny_b
 
 from posttrain.errors import GateRefused
 from posttrain.gate.suites import SuiteSettings
-from posttrain.settings import METHODS, DatasetSettings, GateSettings, LoraSettings, RecipeSettings, Retry, Section
+from posttrain.settings import (
+    METHODS,
+    DatasetSettings,
+    FilterSettings,
+    GateSettings,
+    LoraSettings,
+    RecipeSettings,
+    Retry,
+    Section,
+)
 
 Asked = set[tuple[type, str]]
 SECTIONS: tuple[type[Section], ...] = (
     *METHODS.values(),
     DatasetSettings,
+    FilterSettings,
     LoraSettings,
     GateSettings,
     Retry,
@@ -67,7 +77,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     written = recipe(
         folder,
         sft(),  # until answers end, and sometimes not: the rewards need spread
-        sft(**lora, eval_datasets=[{"path": "eval.jsonl"}]),
+        sft(**lora, eval_datasets=[{"path": "eval.jsonl"}], filters={"languages": ["en"]}),
         dpo(**lora, gate=gate("never", on_fail="keep_parent")),
         grpo(**lora, gate=gate("never", on_fail=back)),
     )

@@ -18,13 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.data import prepare as prepare_module
-from posttrain.data.formats import Dropped
+from posttrain.data.formats import Dropped, stream
 from posttrain.data.job import KINDS, Job
-from posttrain.data.ledger import ROWS, Bucket, Entry, Ledger, Lost
+from posttrain.data.ledger import ROWS, Bucket, Entry, Ledger
 from posttrain.data.prepare import Screen, Summary, prepare
 from posttrain.data.render import Renderer
 from posttrain.data.store import PreparedTrees, TreeWriter, pack, token_type
-from posttrain.data.stream import stream
 from posttrain.data.worker import Workers
 from posttrain.errors import DataError, DoesNotFit
 from posttrain.paths import ASSETS
@@ -86,7 +85,7 @@ def files(directory: Path) -> dict[str, bytes]:
 def test_prepared_trees_are_the_trees_rendered_directly(name: str, tmp_path: Path) -> None:
     job, rows = PATHS[name]
     summary = run(rows, tmp_path, job)
-    direct = KINDS[job.kind](renderer(), rows, job)
+    direct = KINDS[job.kind].trees(renderer(), rows, job)
     kept = PreparedTrees(tmp_path)
     assert list(kept) == direct
     assert kept[-1] == direct[-1]
@@ -114,7 +113,7 @@ def pairs_as_examples() -> list[Example]:
 
 def test_real_rows_in_two_processes(tmp_path: Path) -> None:
     datasets = [DatasetSettings(path="hh-harmless-test.jsonl.gz", limit=300)]
-    rows = list(stream(datasets, lambda p: shared(f"data/{p}"), "pair"))
+    rows = list(stream(datasets, lambda p: shared(f"data/{p}"), Pair))
     summary = run(rows, tmp_path, replace(JOB, kind="pair", max_length=100_000), processes=2)
     direct = renderer().pairs([row for row in rows if isinstance(row, Pair)])
     assert list(PreparedTrees(tmp_path)) == direct
@@ -181,11 +180,9 @@ def test_a_fault_of_ours_in_another_process_is_no_fault_of_the_data(tmp_path: Pa
 class Odd:
     """Takes every third row out."""
 
-    meaning = "3"
-
-    def __call__(self, rows: Iterator[Row | Lost]) -> Iterator[Row | Lost]:
+    def __call__(self, rows: Iterator[Any]) -> Iterator[tuple[Any, Entry | None]]:
         for i, row in enumerate(rows):
-            yield Lost(row.id, Entry(Bucket.DUPLICATE, "of another")) if i % 3 == 0 else row
+            yield row, Entry(Bucket.DUPLICATE, "of another") if i % 3 == 0 else None
 
     def notes(self) -> Sequence[str]:
         return ("every third is gone",)
@@ -194,9 +191,9 @@ class Odd:
 class Eater(Odd):
     """Loses a row on the way: the planted fault."""
 
-    def __call__(self, rows: Iterator[Row | Lost]) -> Iterator[Row | Lost]:
+    def __call__(self, rows: Iterator[Any]) -> Iterator[tuple[Any, Entry | None]]:
         next(rows)
-        yield from rows
+        yield from ((row, None) for row in rows)
 
 
 def test_screened_rows_stand_in_the_ledger_where_they_were_read(tmp_path: Path) -> None:
@@ -222,14 +219,11 @@ FATES = st.lists(st.sampled_from(["short", "long", "dropped", "screened"]), min_
 def test_whatever_becomes_of_rows_each_is_counted_once(
     tmp_path_factory: pytest.TempPathFactory, fates: list[str], on_overflow: Any
 ) -> None:
-    def screen(rows: Iterator[Row | Lost]) -> Iterator[Row | Lost]:
-        for row in rows:
-            screened = fates[int(row.id.split(":")[1])] == "screened"
-            yield Lost(row.id, Entry(Bucket.CONTAMINATED, "x")) if screened else row
-
     class Chosen(Odd):
-        def __call__(self, rows: Iterator[Row | Lost]) -> Iterator[Row | Lost]:
-            return screen(rows)
+        def __call__(self, rows: Iterator[Any]) -> Iterator[tuple[Any, Entry | None]]:
+            for row in rows:
+                screened = fates[int(row.id.split(":")[1])] == "screened"
+                yield row, Entry(Bucket.CONTAMINATED, "x") if screened else None
 
     rows: list[Row | Dropped] = []
     for i, fate in enumerate(fates):

@@ -24,6 +24,7 @@ from posttrain.methods.stage import Stage
 from posttrain.models.load import load_policy
 from posttrain.models.policy import Policy
 from posttrain.paths import ASSETS
+from posttrain.records import Example
 from posttrain.settings import SFTSettings
 from posttrain.train.loop import Place
 
@@ -67,7 +68,7 @@ def test_nothing_changed_nothing_is_done_again(stage: Stage, monkeypatch: pytest
     first, again = prepare(stage)
     assert not again
     trees = stage.renderer.examples(
-        list(prepared.stream(settings().datasets, stage.resolve, "example"))  # type: ignore[arg-type]
+        list(prepared.stream(settings().datasets, stage.resolve, Example))  # type: ignore[arg-type]
     )
     assert list(first.trees) == trees
     monkeypatch.setattr(prepared, "prepare", None)  # would fail if it were called
@@ -144,7 +145,7 @@ def test_a_stale_preparation_is_not_used(stage: Stage, name: str) -> None:
     second, again = prepare(changed)
     assert not again
     rendered = changed.renderer.examples(
-        list(prepared.stream(settings().datasets, stage.resolve, "example"))  # type: ignore[arg-type]
+        list(prepared.stream(settings().datasets, stage.resolve, Example))  # type: ignore[arg-type]
     )
     assert list(second.trees) == rendered
     assert (list(second.trees) == list(first.trees)) == (name == "evaluation items")
@@ -229,14 +230,14 @@ def test_a_lower_drop_rate_judges_what_was_prepared_before(stage: Stage) -> None
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = prepared._content
+    real = prepared.content_hash
 
-    def then_write(path: Path) -> str:
-        digest = real(path)
+    def then_write(*words: Any) -> str:
+        digest = real(*words)
         other_content(stage)
         return digest
 
-    monkeypatch.setattr(prepared, "_content", then_write)
+    monkeypatch.setattr(prepared, "content_hash", then_write)
     with pytest.raises(DataError, match=r"train.jsonl: the file changed while it was read\."):
         training_rows(stage, settings(), "example")
     assert kept(stage) == []

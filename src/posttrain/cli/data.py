@@ -1,12 +1,16 @@
-"""`posttrain data`: a look at the rows. Each command has a file of its own."""
+"""`posttrain data`: look at rows, and write better ones. Each command lives in a file of its own."""
 
 from __future__ import annotations
 
 import typer
 
-from posttrain.cli import data_rows
+from posttrain.cli import data_audit, data_filter, data_rows, data_split
 
-data_app = typer.Typer(name="data", help="Look at the rows that go into a model.", no_args_is_help=True)
-rows_app = typer.Typer(name="rows", help="What became of single rows.", no_args_is_help=True)
-rows_app.command("why")(data_rows.why)
-data_app.add_typer(rows_app)
+app = typer.Typer(name="data", help="Rows: audit, filter, split; what became of one.", no_args_is_help=True)
+rows = typer.Typer(name="rows", help="What became of single rows.", no_args_is_help=True)
+
+app.command("audit")(data_audit.audit)
+app.command("filter")(data_filter.filter_rows)
+app.command("split")(data_split.split)
+app.add_typer(rows)
+rows.command("why")(data_rows.why)

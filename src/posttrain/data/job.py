@@ -10,7 +10,7 @@ from posttrain.data.ledger import Bucket, Entry
 from posttrain.data.length import Lengths, OnOverflow, Overflow, fit, overflow
 from posttrain.data.render import LossOn, Renderer
 from posttrain.data.store import Packed, pack
-from posttrain.records import Row, Tree
+from posttrain.records import Example, Pair, Row, Task, Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Rendered:
 
 
 def render_rows(renderer: Renderer, job: Job, rows: Sequence[Row]) -> Rendered:
-    trees = KINDS[job.kind](renderer, rows, job) if rows else []
+    trees = KINDS[job.kind].trees(renderer, rows, job) if rows else []
     together = job.kind != "example"  # a conversation whose last answer does not fit still has the ones before
     fitted = [fit(tree, job.max_length, job.on_overflow, job.bucket, job.room, together=together) for tree in trees]
     kept = [tree for tree, _ in fitted if tree is not None]
@@ -70,8 +70,16 @@ def _prompts(renderer: Renderer, rows: Sequence[Any], _job: Job) -> list[Tree]:
     return [Tree(task.id, renderer.prompt_ids(task.prompt, task.id, task.tools), ()) for task in rows]
 
 
-KINDS: dict[str, Callable[[Renderer, Sequence[Any], Job], list[Tree]]] = {
-    "example": _examples,
-    "pair": _pairs,
-    "task": _prompts,
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of row: the record it is read as, and how its trees are made."""
+
+    row: type
+    trees: Callable[[Renderer, Sequence[Any], Job], list[Tree]]
+
+
+KINDS: dict[str, Kind] = {
+    "example": Kind(Example, _examples),
+    "pair": Kind(Pair, _pairs),
+    "task": Kind(Task, _prompts),
 }

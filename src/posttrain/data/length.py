@@ -47,7 +47,7 @@ class Overflow:
         raise DataError(
             f"the row is {self.first.n_tokens:,} tokens long, max_length is {max_length:,}. {self.n:,} of "
             f"{n_rows:,} rows are longer; the longest is {self.longest.id} with {self.longest.n_tokens:,}. "
-            f"{lengths}.",
+            f"Of all, {lengths}.",
             where=self.first.id,
             remedy=f"Set max_length: {self.longest.n_tokens}, or on_overflow: drop or truncate.",
         )

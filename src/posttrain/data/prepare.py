@@ -37,16 +37,23 @@ PREPARED = "prepared.json"
 Chunk = list[Row | Lost]
 
 
-class Screen(Protocol):
-    """Takes rows out of the stream, e.g. those that hold evaluation items. Order and number of the items must stay:
-    a row it takes out becomes a `Lost`, and what is lost already passes through."""
+class Verdict(Protocol):
+    """A row is taken out: the bucket it ends in, and what the ledger says of it. `Entry` is one."""
 
     @property
-    def meaning(self) -> str:
-        """Everything that decides its verdicts, apart from the rows."""
-        ...
+    def bucket(self) -> Bucket: ...
+    @property
+    def reason(self) -> str: ...
 
-    def __call__(self, rows: Iterator[Row | Lost]) -> Iterator[Row | Lost]: ...
+
+class Screen(Protocol):
+    """Takes rows out of the stream, e.g. those that hold evaluation items, or changes them.
+
+    Yields each item it is given, in order, with the verdict on it; None: it stays. Items that are no rows (a `Lost`)
+    pass through.
+    """
+
+    def __call__(self, rows: Iterator[Any]) -> Iterator[tuple[Any, Verdict | None]]: ...
 
     def notes(self) -> Sequence[str]:
         """Lines for the user, once the stream has ended."""
@@ -105,7 +112,7 @@ def prepare(
         writer = stack.enter_context(TreeWriter(directory, job.token_type))
         items: Iterator[Row | Lost] = map(_as_lost, ledger.reading(rows))
         for screen in screens:
-            items = screen(items)
+            items = _screened(items, screen)
         crew = stack.enter_context(_Crew(renderer, job, processes))
         for chunk, done in _in_order(_chunks(items), crew):
             entries = iter(done.entries)
@@ -223,6 +230,11 @@ def _characters(row: Row) -> int:
 def _slim(row: Row) -> Row:
     """What rendering needs of a row; a task's extra columns are for the rewards."""
     return replace(row, extra={}) if isinstance(row, Task) else row
+
+
+def _screened(items: Iterator[Row | Lost], screen: Screen) -> Iterator[Row | Lost]:
+    for item, verdict in screen(items):
+        yield item if verdict is None else Lost(item.id, Entry(verdict.bucket, verdict.reason))
 
 
 def _as_lost(row: Row | Dropped) -> Row | Lost:

@@ -82,6 +82,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, template)
         tokenizer.chat_template = self.template.source
+        self._direct = _direct(tokenizer)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -194,18 +195,16 @@ class Renderer:
         if not texts:
             return []
         # The template writes the special tokens it wants; the tokenizer must not add its own.
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
-        )
+        if self._direct is not None:
+            return [tuple(one.ids) for one in self._direct.encode_batch_fast(texts, add_special_tokens=False)]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
         return [tuple(ids) for ids in encoded.input_ids]
 
     def _decode_all(self, rows: Sequence[tuple[int, ...]]) -> list[str]:
-        """`decode` of many, without its detours where the tokenizer is a fast one."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            return [self.decode(ids) for ids in rows]
-        texts: list[str] = backend.decode_batch(rows, skip_special_tokens=False)
-        return texts
+        if self._direct is not None:
+            texts: list[str] = self._direct.decode_batch(rows, skip_special_tokens=False)
+            return texts
+        return [self.decode(ids) for ids in rows]
 
     def _refuse_altered(self, plans: Sequence[Plan], ids: Ids) -> None:
         """Each scored span must decode to its text: a tokenizer without some character would train on <unk>."""
@@ -360,6 +359,19 @@ def _no_completion(row_id: str, what: str) -> DataError:
         where=row_id,
         remedy="Give `prompt` and `completion` columns, or set loss_on: assistant.",
     )
+
+
+def _direct(tokenizer: Any) -> Any:
+    """The Rust tokenizer itself, without the work of its wrapper; None where that would not be the same."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.truncation or backend.padding or backend.encode_special_tokens:
+        return None
+    text = "A probe – „naïve“ 12,345. "
+    ids = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    wrapped = tokenizer([text], add_special_tokens=False).input_ids[0]
+    decoded = tokenizer.decode(wrapped, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    same = ids == wrapped and backend.decode(ids, skip_special_tokens=False) == decoded
+    return backend if same else None
 
 
 def _separator(tokenizer: Any) -> str:

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -17,17 +18,18 @@ from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import posttrain.data
-from posttrain.data.formats import Source
-from posttrain.data.job import Job
+from posttrain.data.filters import Filters
+from posttrain.data.formats import Source, stream
+from posttrain.data.job import KINDS, Job
 from posttrain.data.ledger import ROWS, Bucket, Counts
 from posttrain.data.prepare import Screen, Summary, prepare, refuse_losses
+from posttrain.data.sources import content_hash
 from posttrain.data.store import PreparedTrees, token_type
-from posttrain.data.stream import RowStream, stream
 from posttrain.errors import ArtefactError, DataError
 from posttrain.methods.screens import Contamination, PairsAudited
 from posttrain.methods.stage import Stage, StageResult, refuse_beyond_positions
@@ -35,13 +37,14 @@ from posttrain.recipe import canonical_json
 from posttrain.records import Task
 from posttrain.registry.files import verify, write_directory, writing
 from posttrain.reporting import Reporter, duration
-from posttrain.settings import DatasetSettings, StageSettings
+from posttrain.settings import DatasetSettings, FilterSettings, StageSettings
 from posttrain.train.loop import Trained
 
 EVALUATION_ROWS = "rows-eval.jsonl"  # the ledger of eval_datasets, beside that of the training rows
 MIN_ENDING = 0.5  # share of the answers that must end: below, most of them were cut
 SOURCES = "sources"  # in prepared.json, beside the summary
-LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy")  # what besides our own code decides token ids
+LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "py3langid")  # what else decides rows and token ids
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -59,19 +62,25 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What decides prepared rows. `content` holds a hash of each source's bytes."""
+    """What decides prepared rows. `content` identifies what each source holds; `screening` what decides the screens'
+    verdicts."""
 
     datasets: Sequence[DatasetSettings]
     content: tuple[str, ...]
     job: Job
-    screens: Sequence[Screen]
+    screening: Any
+
+    @property
+    def is_pinned(self) -> bool:
+        """A stream from the Hub may bring other rows tomorrow, unless its commit is named."""
+        return all(not d.streaming or COMMIT.fullmatch(d.revision or "") for d in self.datasets)
 
     def key(self, renderer: Any) -> str:
         meaning = {
             "datasets": [dataset.model_dump() for dataset in self.datasets],
             "content": self.content,
             "job": asdict(self.job),
-            "screens": [(type(screen).__name__, screen.meaning) for screen in self.screens],
+            "screening": self.screening,
             "template": renderer.fingerprint,
             "tokenizer": tokenizer_fingerprint(renderer.tokenizer),
             "code": code_fingerprint(),
@@ -82,10 +91,12 @@ class Wanted:
 def training_rows(stage: Stage, s: StageSettings, kind: str) -> Prepared:
     """The rows to train on: screened, fitted to max_length, accounted for in rows.jsonl."""
     refuse_beyond_positions(stage, s.max_length)
-    screens: list[Screen] = [Contamination(stage.held_out, s.on_contamination)]
-    if kind == "pair":
-        screens.insert(0, PairsAudited())
-    found = _rows(stage, s, s.datasets, kind, Bucket.TRAINED, screens, ROWS)
+    screens: list[Screen] = [PairsAudited()] if kind == "pair" else []
+    if s.filters != FilterSettings():
+        screens.append(Filters(s.filters))
+    screens.append(Contamination(stage.held_out, s.on_contamination))
+    screening = [s.filters.model_dump(), s.on_contamination, [list(item) for item in stage.held_out]]
+    found = _rows(stage, s, s.datasets, kind, Bucket.TRAINED, screens, screening, ROWS)
     for line in (*found.sources, *found.summary.notes, found.counts.summary(), _supervised(found.counts)):
         stage.reporter.line(f"{stage.name}: {line}")
     return found
@@ -95,14 +106,14 @@ def evaluation_rows(stage: Stage, s: StageSettings, kind: str) -> Prepared | Non
     """The rows of eval_datasets, None without any. They obey the same length rule and have a ledger of their own."""
     if not s.eval_datasets:
         return None
-    return _rows(stage, s, s.eval_datasets, kind, Bucket.EVALUATED, [], EVALUATION_ROWS)
+    return _rows(stage, s, s.eval_datasets, kind, Bucket.EVALUATED, [], [], EVALUATION_ROWS)
 
 
 def kept_tasks(stage: Stage, datasets: Sequence[DatasetSettings], found: Prepared, ids: Container[str]) -> list[Task]:
     """The tasks whose prompts were kept, with everything the rewards compare with. They stay in memory."""
-    rows = stream(datasets, stage.resolve, "task")
+    rows = stream(datasets, stage.resolve, Task)
     tasks = [row for row in rows if isinstance(row, Task) and row.id in ids]
-    _refuse_changed(rows.sources, [source.sha256 for source in found.sources])
+    _refuse_changed(datasets, rows.sources, [source.sha256 for source in found.sources])
     return tasks
 
 
@@ -141,6 +152,7 @@ def _rows(
     kind: str,
     bucket: Bucket,
     screens: Sequence[Screen],
+    screening: Any,
     ledger: str,
 ) -> Prepared:
     job = Job(
@@ -152,14 +164,13 @@ def _rows(
         loss_on=getattr(s, "loss_on", "assistant"),
         room=getattr(s, "max_completion_length", 0) if kind == "task" else 0,
     )
-    content = tuple(_content(stage.resolve(dataset.path)) for dataset in datasets)
-    wanted = Wanted(datasets, content, job, screens)
+    content = tuple(content_hash(dataset, stage.resolve) for dataset in datasets)
+    wanted = Wanted(datasets, content, job, screening)
     folder = stage.prepared / wanted.key(stage.renderer)
     with _one_at_a_time(folder, stage.reporter, stage.name):
-        found = _found(folder, stage.reporter, stage.name)
+        found = _found(folder, stage.reporter, stage.name) if wanted.is_pinned else None
         if found is None:
-            rows = stream(datasets, stage.resolve, kind)
-            write_directory(folder, lambda aside: _fill(aside, stage, s, rows, wanted), replace=True)
+            write_directory(folder, lambda aside: _fill(aside, stage, s, wanted, screens), replace=True)
             found = _open(folder)
     refuse_losses(found.counts, s.max_drop_rate)
     with writing(stage.place.directory):
@@ -168,8 +179,9 @@ def _rows(
     return found
 
 
-def _fill(directory: Path, stage: Stage, s: StageSettings, rows: RowStream, wanted: Wanted) -> None:
+def _fill(directory: Path, stage: Stage, s: StageSettings, wanted: Wanted, screens: Sequence[Screen]) -> None:
     """Prepare into a directory that nobody sees yet."""
+    rows = stream(wanted.datasets, stage.resolve, KINDS[wanted.job.kind].row)
     began = time.monotonic()
     with stage.reporter.task(f"{stage.name} rows", None) as task:
 
@@ -178,9 +190,9 @@ def _fill(directory: Path, stage: Stage, s: StageSettings, rows: RowStream, want
             task.update(n_rows, _rates(n_rows, n_tokens, time.monotonic() - began) | processes)
 
         summary = prepare(
-            rows, wanted.screens, stage.renderer, wanted.job, directory, processes=s.dataset_num_proc, progress=progress
+            rows, screens, stage.renderer, wanted.job, directory, processes=s.dataset_num_proc, progress=progress
         )
-    _refuse_changed(rows.sources, wanted.content)
+    _refuse_changed(wanted.datasets, rows.sources, wanted.content)
     refuse_losses(summary.counts, s.max_drop_rate)
     summary.write(directory, **{SOURCES: [asdict(source) for source in rows.sources]})
     counts, rates = summary.counts, _rates(summary.counts.n_rows, summary.n_tokens, time.monotonic() - began)
@@ -213,23 +225,15 @@ def _found(folder: Path, reporter: Reporter, name: str) -> Prepared | None:
     return found
 
 
-def _refuse_changed(sources: Sequence[Source], content: Sequence[str]) -> None:
-    """The rows must come from the very bytes that the hash stands for."""
-    for source, expected in zip(sources, content, strict=True):
-        if source.sha256 != expected:
+def _refuse_changed(datasets: Sequence[DatasetSettings], sources: Sequence[Source], content: Sequence[str]) -> None:
+    """The rows must come from the very bytes that the hash stands for; a stream is hashed only while it passes."""
+    for dataset, source, expected in zip(datasets, sources, content, strict=True):
+        if source.sha256 != expected and not dataset.streaming:
             raise DataError(
                 "the file changed while it was read.",
                 where=source.path,
                 remedy="Run again when nothing writes to it any more.",
             )
-
-
-def _content(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as fault:
-        raise DataError(f"cannot be read: {fault.strerror}.", where=str(path)) from fault
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -252,7 +256,14 @@ def code_fingerprint() -> str:
     package = Path(posttrain.data.__file__).parent
     files = [*sorted(package.rglob("*.py")), package.parent / "records.py"]
     parts = [(file.relative_to(package.parent).as_posix(), file.read_text(encoding="utf-8")) for file in files]
-    return hashlib.sha256(json.dumps([parts, [(name, version(name)) for name in LIBRARIES]]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([parts, [(name, _version(name)) for name in LIBRARIES]]).encode()).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
 
 
 @contextmanager

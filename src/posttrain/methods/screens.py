@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 from posttrain.data.hygiene import audit_pairs, overlaps, refuse_overlap
-from posttrain.data.ledger import Bucket, Entry, Lost
+from posttrain.data.ledger import Bucket, Entry
 from posttrain.methods.stage import prompt_text
-from posttrain.recipe import canonical_json
 from posttrain.records import Example, Pair, Row
 
 AT_ONCE = 8192  # rows looked at together: the index of the evaluation items is built for each such handful
@@ -22,26 +20,16 @@ class Contamination:
     def __init__(self, held_out: Sequence[tuple[str, str]], rule: Literal["error", "drop"]) -> None:
         self._held_out, self._rule = held_out, rule
 
-    @property
-    def meaning(self) -> str:
-        items = canonical_json([list(item) for item in self._held_out])
-        return f"{self._rule} {hashlib.sha256(items.encode()).hexdigest()}"
-
-    def __call__(self, rows: Iterator[Row | Lost]) -> Iterator[Row | Lost]:
-        if not self._held_out:
-            yield from rows
-            return
+    def __call__(self, rows: Iterator[Any]) -> Iterator[tuple[Any, Entry | None]]:
         refused: list[tuple[str, str]] = []
         while some := list(islice(rows, AT_ONCE)):
-            texts = {row.id: _asked(row) for row in some if not isinstance(row, Lost)}
-            hits = {hit.train_id: hit for hit in overlaps(texts.items(), self._held_out)}
+            texts = {row.id: _asked(row) for row in some if isinstance(row, Row)}
+            hits = {hit.train_id: hit for hit in overlaps(texts.items(), self._held_out)} if self._held_out else {}
             if self._rule == "error":
                 refused += [(row_id, texts[row_id]) for row_id in hits]
-                yield from some
-            else:
-                for row in some:
-                    hit = hits.get(row.id)
-                    yield Lost(row.id, Entry(Bucket.CONTAMINATED, str(hit))) if hit else row
+            for row in some:
+                hit = hits.get(row.id)
+                yield row, Entry(Bucket.CONTAMINATED, str(hit)) if hit else None
         refuse_overlap(refused, self._held_out)
 
     def notes(self) -> Sequence[str]:
@@ -51,16 +39,14 @@ class Contamination:
 class PairsAudited:
     """Changes nothing; says what a preference set would teach besides preference."""
 
-    meaning = ""
-
     def __init__(self) -> None:
         self._pairs: list[Pair] = []
 
-    def __call__(self, rows: Iterator[Row | Lost]) -> Iterator[Row | Lost]:
+    def __call__(self, rows: Iterator[Any]) -> Iterator[tuple[Any, Entry | None]]:
         for row in rows:
             if isinstance(row, Pair):
                 self._pairs.append(row)
-            yield row
+            yield row, None
 
     def notes(self) -> Sequence[str]:
         return (str(audit_pairs(self._pairs)),) if self._pairs else ()

@@ -6,6 +6,7 @@ A rule is refused (`RULES`, `ordering_faults`) when the run could not mean what 
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from typing import Any
 
 from posttrain.recipe.faults import show
 from posttrain.recipe.yaml_lines import KeyPath, key_name
-from posttrain.settings import RetryPolicy, StageSettings
+from posttrain.settings import FilterSettings, RetryPolicy, StageSettings
+from posttrain.settings.filters import LANGUAGES
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,30 @@ def _unread_lora(stage: StageView) -> str | None:
     return None
 
 
+def _filters(stage: StageView) -> str | None:
+    filters = stage.settings.filters
+    bounds = filters.min_answer_chars is not None or filters.max_answer_chars is not None
+    if bounds and stage.method == "grpo":
+        return " bounds the length of answers, but the rows of grpo are prompts. Remove it; max_length bounds those."
+    return filters_fault(filters, stage.raw.get("filters") or {})
+
+
+def filters_fault(filters: FilterSettings, said: Mapping[str, Any]) -> str | None:
+    """What is wrong with a section of filters, following the word `filters`. `said`: the keys that were written."""
+    if unknown := [language for language in filters.languages if language not in LANGUAGES]:
+        close = difflib.get_close_matches(unknown[0], LANGUAGES, n=1)
+        meant = f" Did you mean {close[0]}?" if close else ""
+        return (
+            f".languages names {unknown[0]!r}, which the detector does not know.{meant} Codes are ISO 639: en, de, zh."
+        )
+    if said.get("min_language_confidence") is not None and not filters.languages:
+        return ".min_language_confidence is set but never read: languages names none. Name some, or remove it."
+    low, high = filters.min_answer_chars, filters.max_answer_chars
+    if low is not None and high is not None and low > high:
+        return f".min_answer_chars = {low} is more than max_answer_chars = {high}: no row could stay."
+    return None
+
+
 def _unread_min_lr(stage: StageView) -> str | None:
     if stage.says("min_lr_ratio") and stage.settings.lr_scheduler_type == "constant":
         return " is set but never read: a constant schedule does not decay. Use cosine or linear, or remove it."
@@ -240,6 +266,7 @@ RULES = (
     Rule("max_steps", ("num_train_epochs",), _both("max_steps", "num_train_epochs", "how long to train")),
     Rule("lora", ("adapter",), _unread_lora),
     Rule("min_lr_ratio", ("lr_scheduler_type",), _unread_min_lr),
+    Rule("filters", (), _filters),
     Rule("eval_steps", ("eval_datasets",), _unread_eval_steps),
     Rule("load_best_model_at_end", ("eval_datasets", "eval_steps"), _nothing_to_choose),
     Rule("eval_datasets", ("datasets",), _trained_on_heldout),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from posttrain.settings.adapter import LoraSettings
 from posttrain.settings.base import Positive, Section, Share
 from posttrain.settings.data import DatasetSettings
+from posttrain.settings.filters import FilterSettings
 from posttrain.settings.gate import GateSettings, Retry, RetryPolicy
 from posttrain.settings.preference import DPOSettings
 from posttrain.settings.recipe import RecipeSettings
@@ -22,6 +23,7 @@ __all__ = [
     "METHODS",
     "DPOSettings",
     "DatasetSettings",
+    "FilterSettings",
     "GRPOSettings",
     "GateSettings",
     "LoraSettings",

@@ -10,6 +10,7 @@ from pydantic import Field
 from posttrain.settings.adapter import LoraSettings
 from posttrain.settings.base import Positive, Section, Share
 from posttrain.settings.data import DatasetSettings
+from posttrain.settings.filters import FilterSettings
 from posttrain.settings.gate import GateSettings
 
 
@@ -40,6 +41,8 @@ class StageSettings(Section):
     on_contamination: Literal["error", "drop"] = Field(
         default="error", description="training rows that share 13 words in a row with an item of the gate's suite"
     )
+
+    filters: FilterSettings = FilterSettings()
 
     learning_rate: float = Field(default_factory=full_or_adapter(2e-5, 1e-4), gt=0, description="2e-5; adapters 1e-4")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
