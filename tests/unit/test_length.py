@@ -1,4 +1,4 @@
-"""Lengths by percentile, and what becomes of a row that is too long. A cut answer is never closed, and never unnoticed."""
+"""Lengths by percentile, and what becomes of a row that is too long: a cut answer stays open, and is counted."""
 
 from __future__ import annotations
 

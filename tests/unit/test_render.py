@@ -214,17 +214,24 @@ def test_marks_are_characters_not_tokens() -> None:
     assert scored_texts(renderer, renderer.example(Example("d:1", row)).branches[0]) == ["\n\nShe<|im_end|>"]
 
 
+FIRST_HALF = MARKED.replace(
+    "{{ m.content }}<|im_end|>{% endgeneration %}",
+    "{{ m.content[:3] }}{% endgeneration %}{{ m.content[3:] }}{% generation %}<|im_end|>{% endgeneration %}",
+)
+HEADER_TOO = MARKED.replace("<|im_start|>assistant\n{% generation %}", "{% generation %}<|im_start|>assistant\n")
+NOTHING = MARKED.replace(
+    "{% generation %}", "{% if m.role == 'model' %}{% generation %}{% endgeneration %}{% endif %}"
+).replace("<|im_end|>{% endgeneration %}", "<|im_end|>")
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (MARKED.replace("{{ m.content }}<|im_end|>{% end", "{{ m.content[:3] }}{% endgeneration %}{{ m.content[3:] }}"
-                        "<|im_end|>{% generation %}{% end"), r"do not hold the whole answer: of 'She sold 72.*\[\[She\]\]"),
-        (MARKED.replace("<|im_start|>assistant\n{% generation %}", "{% generation %}<|im_start|>assistant\n"),
-         "mark part of its generation prompt"),
-        (MARKED.replace("{% generation %}", "{% if m.role == 'model' %}{% generation %}{% endgeneration %}{% endif %}")
-         .replace("<|im_end|>{% endgeneration %}", "<|im_end|>"), "they mark nothing"),
+        (FIRST_HALF, r"do not hold the whole answer: of 'She sold 72.*\[\[She\]\]"),
+        (HEADER_TOO, "mark part of its generation prompt"),
+        (NOTHING, "they mark nothing"),
     ],
-)  # fmt: skip
+)
 def test_marks_that_do_not_hold_the_answer_are_refused(template: str, said: str) -> None:
     with pytest.raises(DataError, match=f"d:1: .*marks .*{said}"):
         Renderer(byte_tokenizer(), template).example(Example("d:1", (U1, A1)))
@@ -367,7 +374,7 @@ def test_templates_that_are_missing_or_refuse_a_role() -> None:
     with pytest.raises(DataError, match="does not render an answer after its own generation prompt"):
         Renderer(byte_tokenizer(), "a file's name instead of its text")
     renderer = Renderer(byte_tokenizer(), NO_SYSTEM)
-    with pytest.raises(DataError, match=r"d:1: .*refuses this conversation .system, user.: no system role here.*first user"):
+    with pytest.raises(DataError, match=r"d:1: .*conversation \(system, user\): no system role here.*first user"):
         renderer.example(Example("d:1", (Message("system", "Be kind."), U1, A1)))
 
 

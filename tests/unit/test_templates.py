@@ -32,7 +32,8 @@ QWEN3_TALK = [
 ]
 LLAMA = "<|start_header_id|>"
 LLAMA_TALK = (
-    f"{LLAMA}user<|end_header_id|>\n\nHow many?<|eot_id|>{LLAMA}assistant<|end_header_id|>\n\n[[She sold 72.<|eot_id|>]]"
+    f"{LLAMA}user<|end_header_id|>\n\nHow many?<|eot_id|>"
+    f"{LLAMA}assistant<|end_header_id|>\n\n[[She sold 72.<|eot_id|>]]"
     f"{LLAMA}user<|end_header_id|>\n\nAnd in May?<|eot_id|>{LLAMA}assistant<|end_header_id|>\n\n[[24 clips.<|eot_id|>]]"
 )
 R1, R1_END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -51,7 +52,8 @@ SPANS: dict[str, tuple[list[str], list[str] | None]] = {
     "chatml": ([CHATML_TALK], [CHATML_SYSTEM + CHATML_TALK]),
     "chatml-tools": ([CHATML_TALK], [CHATML_SYSTEM + CHATML_TALK]),
     "plain": (
-        ["User: How many?\nAssistant:[[ She sold 72.<|endoftext|>]]\nUser: And in May?\nAssistant:[[ 24 clips.<|endoftext|>]]"],
+        ["User: How many?\nAssistant:[[ She sold 72.<|endoftext|>]]\nUser: And in May?\n"
+         "Assistant:[[ 24 clips.<|endoftext|>]]"],
         ["System: Be brief.\nUser: How many?\nAssistant:[[ She sold 72.<|endoftext|>]]\nUser: And in May?\n"
          "Assistant:[[ 24 clips.<|endoftext|>]]"],
     ),
@@ -62,7 +64,9 @@ SPANS: dict[str, tuple[list[str], list[str] | None]] = {
     "qwen25": ([f"{IM}system\nYou are a careful assistant.<|im_end|>\n{CHATML_TALK}"], [CHATML_SYSTEM + CHATML_TALK]),
     # Earlier answers lose the empty thought that the last one has: each answer has a branch.
     "qwen3": (QWEN3_TALK, [CHATML_SYSTEM + line for line in QWEN3_TALK]),
-    "mistral_v1": (["<s>[INST] How many? [/INST][[ She sold 72.</s>]][INST] And in May? [/INST][[ 24 clips.</s>]]"], None),
+    "mistral_v1": (
+        ["<s>[INST] How many? [/INST][[ She sold 72.</s>]][INST] And in May? [/INST][[ 24 clips.</s>]]"], None
+    ),
     # The system message moves on to the last question.
     "mistral_v3": (
         ["<s>[INST] How many?[/INST][[ She sold 72.</s>]][INST] And in May?[/INST][[ 24 clips.</s>]]"],
@@ -123,7 +127,8 @@ TOOL_SPANS = {
     # Within one turn of the user thoughts stay, but an empty one is written for the last answer only.
     "qwen3": [
         f"{IM}system\n{QWEN_TOOLS}{QWEN_ASKS}[[{NO_THOUGHT}{QWEN_CALL}<|im_end|>]]",
-        f"{IM}system\n{QWEN_TOOLS}{QWEN_ASKS}{QWEN_CALL}<|im_end|>{QWEN_RESULT}[[{NO_THOUGHT}No, 12 degrees.<|im_end|>]]",
+        f"{IM}system\n{QWEN_TOOLS}{QWEN_ASKS}{QWEN_CALL}<|im_end|>{QWEN_RESULT}"
+        f"[[{NO_THOUGHT}No, 12 degrees.<|im_end|>]]",
     ],
     "mistral_v3": [
         f"<s>[AVAILABLE_TOOLS] [{SCHEMA}][/AVAILABLE_TOOLS][INST] Is it warm in Oslo?[/INST][[{MISTRAL_CALL}]]"

@@ -78,9 +78,7 @@ class Lengths:
     def percentiles(self) -> dict[str, dict[str, int]]:
         """Of rows, prompts and answers: the length that 50, 90, 99 and 100 % of them do not exceed."""
         parts = {"rows": self.rows, "prompts": self.prompts, "answers": self.answers}
-        return {
-            part: {str(p): percentile(counts, p) for p in PERCENTILES} for part, counts in parts.items() if counts
-        }
+        return {part: {str(p): percentile(counts, p) for p in PERCENTILES} for part, counts in parts.items() if counts}
 
     def __str__(self) -> str:
         said = "; ".join(

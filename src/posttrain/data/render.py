@@ -258,8 +258,7 @@ def _marks(example: Example, loss_on: LossOn) -> Marks:
     answers = frozenset(
         i
         for i, message in enumerate(messages)
-        if message.role == "assistant"
-        and (i >= first if message.train is None or i < overridden else message.train)
+        if message.role == "assistant" and (i >= first if message.train is None or i < overridden else message.train)
     )
     return Marks(answers, before=loss_on == "all", between=loss_on in ("all", "completion"))
 
