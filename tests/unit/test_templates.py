@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -315,3 +316,27 @@ def test_any_conversation(name: str, data: st.DataObject) -> None:
     last = renderer.example(Example("d:1", messages), "last_turn")
     assert scored_texts(renderer, last) == [expected_answer(name, messages[-1])]
     assert texts(renderer, last)[0].endswith(f"[[{expected_answer(name, messages[-1])}]]")
+
+
+ARGUMENTS = st.dictionaries(
+    st.text(alphabet="abc_", min_size=1, max_size=4),
+    st.one_of(SAID, st.integers(-99, 99), st.booleans(), st.lists(SAID, max_size=2)),
+    max_size=3,
+)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.tools])
+@settings(max_examples=25, deadline=None)
+@given(arguments=ARGUMENTS, result=SAID)
+def test_any_call(name: str, arguments: dict[str, object], result: str) -> None:
+    """What is scored of a call holds its arguments as JSON, and nothing of the tool's result."""
+    renderer = renderer_of(name)
+    call = ToolCall("weather", json.dumps(arguments, ensure_ascii=False), id="call00001")
+    talk = (WITH_TOOLS[0], replace(CALLS, tool_calls=(call,)), replace(RESULT, content=f"§{result}"), ANSWERS)
+    tools = () if name == "deepseek_r1" else (WEATHER,)  # which writes calls, but no schemas
+    scored = scored_texts(renderer, renderer.example(Example("d:1", talk, tools=tools)))
+    assert len(scored) == 2 and "§" not in "".join(scored)
+    assert scored[0].endswith(renderer.template.end)
+    after_name = scored[0].partition("weather")[2]
+    assert json.JSONDecoder().raw_decode(after_name[after_name.index("{") :])[0] == arguments
+    assert scored[1].endswith(f"No, 12 degrees.{renderer.template.end}")
