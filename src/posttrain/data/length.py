@@ -81,10 +81,12 @@ class Lengths:
         return {part: {str(p): percentile(counts, p) for p in PERCENTILES} for part, counts in parts.items() if counts}
 
     def __str__(self) -> str:
-        said = "; ".join(
-            f"{part} {' / '.join(f'{n:,}' for n in of.values())}" for part, of in self.percentiles().items()
-        )
-        return f"tokens at 50 / 90 / 99 / 100 %: {said}"
+        return in_words(self.percentiles())
+
+
+def in_words(percentiles: Mapping[str, Mapping[str, int]]) -> str:
+    said = "; ".join(f"{part} {' / '.join(f'{n:,}' for n in of.values())}" for part, of in percentiles.items())
+    return f"tokens at {' / '.join(map(str, PERCENTILES))} %: {said}"
 
 
 def percentile(counts: Mapping[int, int], p: int) -> int:

@@ -10,10 +10,10 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,6 +71,7 @@ class Summary:
     n_ending: int  # answers whose last token stops the sampler and carries loss
     notes: tuple[str, ...]
     first_id: str = ""
+    lengths: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # percentiles of tokens
 
     def write(self, directory: Path, **more: Any) -> None:
         stored = asdict(self) | {"counts": self.counts.as_dict()} | more
@@ -129,8 +130,8 @@ def prepare(
         counts = ledger.close()
     if job.on_overflow == "error":
         over.refuse(job.max_length, n_rows, lengths)
-    notes = (*(note for screen in screens for note in screen.notes()), *([str(lengths)] if lengths.rows else []))
-    return Summary(counts, writer.n_trees, writer.n_tokens, n_answers, n_ending, notes, first_id)
+    notes = tuple(note for screen in screens for note in screen.notes())
+    return Summary(counts, writer.n_trees, writer.n_tokens, n_answers, n_ending, notes, first_id, lengths.percentiles())
 
 
 def refuse_losses(counts: Counts, max_drop_rate: float) -> None:

@@ -27,6 +27,7 @@ from posttrain.data.filters import Filters
 from posttrain.data.formats import Source, stream
 from posttrain.data.job import KINDS, Job
 from posttrain.data.ledger import ROWS, Bucket, Counts
+from posttrain.data.length import in_words
 from posttrain.data.prepare import Screen, Summary, prepare, refuse_losses
 from posttrain.data.sources import content_hash
 from posttrain.data.store import PreparedTrees, token_type
@@ -97,7 +98,13 @@ def training_rows(stage: Stage, s: StageSettings, kind: str) -> Prepared:
     screens.append(Contamination(stage.held_out, s.on_contamination))
     screening = [s.filters.model_dump(), s.on_contamination, [list(item) for item in stage.held_out]]
     found = _rows(stage, s, s.datasets, kind, Bucket.TRAINED, screens, screening, ROWS)
-    for line in (*found.sources, *found.summary.notes, found.counts.summary(), _supervised(found.counts)):
+    for line in (
+        *found.sources,
+        *found.summary.notes,
+        *_lengths(found),
+        found.counts.summary(),
+        _supervised(found.counts),
+    ):
         stage.reporter.line(f"{stage.name}: {line}")
     return found
 
@@ -138,6 +145,10 @@ def refuse_unending(stage: Stage, found: Prepared) -> None:
 
 def stage_result(trained: Trained, found: Prepared, evaluation: Prepared | None) -> StageResult:
     return StageResult(trained, found.sources, found.counts, evaluation.counts if evaluation else None)
+
+
+def _lengths(found: Prepared) -> list[str]:
+    return [in_words(found.summary.lengths)] if found.summary.lengths else []
 
 
 def _supervised(counts: Counts) -> str:
