@@ -15,6 +15,7 @@ import pytest
 from data_help import byte_tokenizer
 from small_run import Said, rows, tiny_base
 
+from posttrain.data.hygiene.passages import evaluation_item
 from posttrain.data.ledger import ROWS
 from posttrain.data.render import Renderer
 from posttrain.errors import DataError
@@ -24,8 +25,8 @@ from posttrain.methods.stage import Stage
 from posttrain.models.load import load_policy
 from posttrain.models.policy import Policy
 from posttrain.paths import ASSETS
-from posttrain.records import Example
-from posttrain.settings import SFTSettings
+from posttrain.records import Example, Message, Task
+from posttrain.settings import DatasetSettings, SFTSettings
 from posttrain.train.loop import Place
 
 TRAIN = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(12)]
@@ -124,7 +125,8 @@ def other_tokenizer(stage: Stage) -> Stage:
 
 
 def other_items(stage: Stage) -> Stage:
-    return replace(stage, held_out=[("eval:1", "Who was the first on the moon?")])
+    asked = Task("eval:1", (Message("user", "Who was the first on the moon?"),))
+    return replace(stage, held_out=[evaluation_item(asked)])
 
 
 OTHERS = {
@@ -311,3 +313,13 @@ def test_a_tokenizer_without_a_description_of_itself_is_known_by_its_files() -> 
             Path(folder, "vocab.txt").write_text(self.words)
 
     assert tokenizer_fingerprint(Plain("a")) == tokenizer_fingerprint(Plain("a")) != tokenizer_fingerprint(Plain("b"))
+
+
+def test_a_stream_without_a_commit_may_bring_other_rows_and_is_never_found() -> None:
+    def pinned(**keys: Any) -> bool:
+        return prepared.Wanted([DatasetSettings(path="acme/rows", **keys)], ("",), None, None).is_pinned  # type: ignore[arg-type]
+
+    assert pinned()
+    assert pinned(streaming=True, revision="0123456789abcdef0123456789abcdef01234567")
+    assert not pinned(streaming=True)
+    assert not pinned(streaming=True, revision="main")

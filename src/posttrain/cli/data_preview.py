@@ -42,7 +42,7 @@ RowOption = Annotated[str | None, typer.Option("--row", metavar="ID", help="This
 KIND_OF = {
     "sft": "example",
     "dpo": "pair",
-    "kto": "pair",
+    "kto": "judged",
     "simpo": "pair",
     "cpo": "pair",
     "orpo": "pair",
@@ -102,7 +102,7 @@ def _renderer(recipe: Recipe, home: str | None) -> Renderer:
     from posttrain.models.hub import load_tokenizer
     from posttrain.pipeline.identity import model_source, template_of
 
-    source = model_source(recipe, home_folder(home))
+    source = model_source(recipe.model, recipe, home_folder(home))
     try:
         return Renderer(load_tokenizer(source), template_of(recipe))
     except DataError as fault:

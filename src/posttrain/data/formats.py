@@ -18,7 +18,7 @@ from typing import Generic, TypeVar, cast
 from posttrain.data.layouts.base import Dropped
 from posttrain.data.layouts.choose import Layout, choose
 from posttrain.data.mixture import drawn, interleaved, mixture_counts
-from posttrain.data.sources import OpenSource, open_sources
+from posttrain.data.sources import OpenSource, names_of, open_sources
 from posttrain.data.sources.hub import row_bytes
 from posttrain.data.sources.rows import RawRow
 from posttrain.errors import DataError
@@ -47,6 +47,7 @@ Resolve = Callable[[str], Path]
 class Source:
     """What was read from one entry of `datasets`, for the manifest and for the user to check.
 
+    `path` is as the recipe writes it, with the configuration and split of a Hub data set, and "#2" when it is repeated.
     `n_unused` rows the source holds besides were left out by `limit` or `weight`; None: it is streamed, nobody knows.
     `share` is the part this source has in all rows read.
     """
@@ -98,7 +99,8 @@ class RowStream(Generic[R]):
         else:
             yield from cast(Iterator[R | Dropped], chain.from_iterable(rows))
         total = sum(reading.n_read for reading in readings)
-        self._sources = tuple(reading.report(total) for reading in readings)
+        names = names_of(self._datasets)
+        self._sources = tuple(reading.report(name, total) for reading, name in zip(readings, names, strict=True))
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -202,13 +204,13 @@ class _Reading:
                 f"every row would be dropped: {reasons}.", where=self.source.where, remedy="Check the columns."
             )
 
-    def report(self, total: int) -> Source:
+    def report(self, name: str, total: int) -> Source:
         assert self.layout is not None
         self.source.check()
         limited = self.plan.n_wanted is not None
         unused = None if limited and self.plan.n_rows is None else (self.plan.n_rows or self.n_read) - self.n_read
         return Source(
-            path=self.dataset.path,
+            path=name,
             format=self.layout.name,
             rule=self.layout.rule,
             n_read=self.n_read,

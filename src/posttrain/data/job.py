@@ -10,7 +10,7 @@ from posttrain.data.ledger import Bucket, Entry
 from posttrain.data.length import Lengths, OnOverflow, Overflow, fit, overflow
 from posttrain.data.render import LossOn, Renderer
 from posttrain.data.store import Packed, pack
-from posttrain.records import Example, Pair, Row, Task, Tree
+from posttrain.records import Example, Judged, Pair, Rated, Row, Task, Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,13 @@ def _pairs(renderer: Renderer, rows: Sequence[Any], _job: Job) -> list[Tree]:
     return renderer.pairs(rows)
 
 
+def _judged(renderer: Renderer, rows: Sequence[Any], _job: Job) -> list[Tree]:
+    """Pairs have two branches, rated answers one."""
+    pairs = iter(renderer.pairs(row for row in rows if isinstance(row, Pair)))
+    rated = iter(renderer.rated(row for row in rows if isinstance(row, Rated)))
+    return [next(pairs) if isinstance(row, Pair) else next(rated) for row in rows]
+
+
 def _prompts(renderer: Renderer, rows: Sequence[Any], _job: Job) -> list[Tree]:
     """A prompt without branches: its answers are still to be sampled."""
     return [Tree(task.id, renderer.prompt_ids(task.prompt, task.id, task.tools), ()) for task in rows]
@@ -74,12 +81,13 @@ def _prompts(renderer: Renderer, rows: Sequence[Any], _job: Job) -> list[Tree]:
 class Kind:
     """A kind of row: the record it is read as, and how its trees are made."""
 
-    row: type
+    row: Any
     trees: Callable[[Renderer, Sequence[Any], Job], list[Tree]]
 
 
 KINDS: dict[str, Kind] = {
     "example": Kind(Example, _examples),
     "pair": Kind(Pair, _pairs),
+    "judged": Kind(Judged, _judged),
     "task": Kind(Task, _prompts),
 }

@@ -21,7 +21,7 @@ from posttrain.losses.advantage import group_normalised, has_spread
 from posttrain.losses.kl import k3
 from posttrain.losses.policy import Sampled, grpo
 from posttrain.losses.terms import LossSum, Mean
-from posttrain.methods.prepared import Prepared, evaluation_rows, kept_tasks, stage_result, training_rows
+from posttrain.methods.prepared import Prepared, evaluation_rows, kept_rows, stage_result, training_rows
 from posttrain.methods.stage import Stage, StageResult
 from posttrain.models.policy import disable_dropout
 from posttrain.models.reference import Reference
@@ -97,7 +97,7 @@ class GRPOObjective:
         )
         # How far trainer and sampler disagree on the sampled tokens; grows only with num_iterations > 1.
         mismatch = {"mismatch_k3": Mean.of(k3(scored.logp_N.detach(), old_N))}
-        return LossSum(loss.total, {**loss.metrics, **mismatch})
+        return LossSum(loss.total, loss.count, {**loss.metrics, **mismatch})
 
     def evaluate(self) -> Evaluation | None:
         """Greedy answers to the held-out prompts. An answer without a verdict counts 0: the denominator stays."""
@@ -166,8 +166,8 @@ def run(stage: Stage, s: GRPOSettings) -> StageResult:
         found = training_rows(stage, s, "task")
         evaluation = evaluation_rows(stage, s, "task")
         prompts, held_out_prompts = _by_id(found), _by_id(evaluation)
-        tasks = kept_tasks(stage, s.datasets, found, prompts)
-        held_out = kept_tasks(stage, s.eval_datasets, evaluation, held_out_prompts) if evaluation else []
+        tasks = kept_rows(stage, s.datasets, found, prompts, "task")
+        held_out = kept_rows(stage, s.eval_datasets, evaluation, held_out_prompts, "task") if evaluation else []
         prove(rewards, [*tasks, *held_out])
         n_rounds = math.ceil(s.max_steps / s.num_iterations) if s.max_steps else None
         objective = GRPOObjective(

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import posttrain.data
-from posttrain.data.filters import Filters
-from posttrain.data.formats import Source, stream
+from posttrain.data.formats import Dropped, Source, stream
 from posttrain.data.job import KINDS, Job
 from posttrain.data.ledger import ROWS, Bucket, Counts
 from posttrain.data.length import in_words
@@ -32,13 +31,12 @@ from posttrain.data.prepare import Screen, Summary, prepare, refuse_losses
 from posttrain.data.sources import content_hash
 from posttrain.data.store import PreparedTrees, token_type
 from posttrain.errors import ArtefactError, DataError
-from posttrain.methods.screens import Contamination, PairsAudited
+from posttrain.methods.screens import screening, screens_of
 from posttrain.methods.stage import Stage, StageResult, refuse_beyond_positions
 from posttrain.recipe import canonical_json
-from posttrain.records import Task
 from posttrain.registry.files import verify, write_directory, writing
 from posttrain.reporting import Reporter, duration
-from posttrain.settings import DatasetSettings, FilterSettings, StageSettings
+from posttrain.settings import DatasetSettings, StageSettings
 from posttrain.train.loop import Trained
 
 EVALUATION_ROWS = "rows-eval.jsonl"  # the ledger of eval_datasets, beside that of the training rows
@@ -92,12 +90,7 @@ class Wanted:
 def training_rows(stage: Stage, s: StageSettings, kind: str) -> Prepared:
     """The rows to train on: screened, fitted to max_length, accounted for in rows.jsonl."""
     refuse_beyond_positions(stage, s.max_length)
-    screens: list[Screen] = [PairsAudited()] if kind == "pair" else []
-    if s.filters != FilterSettings():
-        screens.append(Filters(s.filters))
-    screens.append(Contamination(stage.held_out, s.on_contamination))
-    screening = [s.filters.model_dump(), s.on_contamination, [list(item) for item in stage.held_out]]
-    found = _rows(stage, s, s.datasets, kind, Bucket.TRAINED, screens, screening, ROWS)
+    found = _rows(stage, s, s.datasets, kind, Bucket.TRAINED, screens_of(stage, s), screening(stage, s), ROWS)
     for line in (
         *found.sources,
         *found.summary.notes,
@@ -116,12 +109,14 @@ def evaluation_rows(stage: Stage, s: StageSettings, kind: str) -> Prepared | Non
     return _rows(stage, s, s.eval_datasets, kind, Bucket.EVALUATED, [], [], EVALUATION_ROWS)
 
 
-def kept_tasks(stage: Stage, datasets: Sequence[DatasetSettings], found: Prepared, ids: Container[str]) -> list[Task]:
-    """The tasks whose prompts were kept, with everything the rewards compare with. They stay in memory."""
-    rows = stream(datasets, stage.resolve, Task)
-    tasks = [row for row in rows if isinstance(row, Task) and row.id in ids]
+def kept_rows(
+    stage: Stage, datasets: Sequence[DatasetSettings], found: Prepared, ids: Container[str], kind: str
+) -> list[Any]:
+    """The rows whose trees were kept, with what their trees do not hold: gold answers, thumbs. They stay in memory."""
+    rows = stream(datasets, stage.resolve, KINDS[kind].row)
+    kept = [row for row in rows if not isinstance(row, Dropped) and row.id in ids]
     _refuse_changed(datasets, rows.sources, [source.sha256 for source in found.sources])
-    return tasks
+    return kept
 
 
 def refuse_unending(stage: Stage, found: Prepared) -> None:
@@ -163,7 +158,7 @@ def _rows(
     kind: str,
     bucket: Bucket,
     screens: Sequence[Screen],
-    screening: Any,
+    deciding: Any,
     ledger: str,
 ) -> Prepared:
     job = Job(
@@ -176,7 +171,7 @@ def _rows(
         room=getattr(s, "max_completion_length", 0) if kind == "task" else 0,
     )
     content = tuple(content_hash(dataset, stage.resolve) for dataset in datasets)
-    wanted = Wanted(datasets, content, job, screening)
+    wanted = Wanted(datasets, content, job, deciding)
     folder = stage.prepared / wanted.key(stage.renderer)
     with _one_at_a_time(folder, stage.reporter, stage.name):
         found = _found(folder, stage.reporter, stage.name) if wanted.is_pinned else None

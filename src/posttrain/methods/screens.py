@@ -1,59 +1,62 @@
-"""What looks at a stage's rows as they stream by: for evaluation items in them, and for pairs that contradict."""
+"""What a stage's training rows go through as they stream by, and everything that decides the verdicts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
-from posttrain.data.hygiene import audit_pairs, overlaps, refuse_overlap
-from posttrain.data.ledger import Bucket, Entry
-from posttrain.methods.stage import prompt_text
-from posttrain.records import Example, Pair, Row
-
-AT_ONCE = 8192  # rows looked at together: the index of the evaluation items is built for each such handful
-
-
-class Contamination:
-    """Rows that hold an item of the gate's suite: refused all together at the end, or taken out."""
-
-    def __init__(self, held_out: Sequence[tuple[str, str]], rule: Literal["error", "drop"]) -> None:
-        self._held_out, self._rule = held_out, rule
-
-    def __call__(self, rows: Iterator[Any]) -> Iterator[tuple[Any, Entry | None]]:
-        refused: list[tuple[str, str]] = []
-        while some := list(islice(rows, AT_ONCE)):
-            texts = {row.id: _asked(row) for row in some if isinstance(row, Row)}
-            hits = {hit.train_id: hit for hit in overlaps(texts.items(), self._held_out)} if self._held_out else {}
-            if self._rule == "error":
-                refused += [(row_id, texts[row_id]) for row_id in hits]
-            for row in some:
-                hit = hits.get(row.id)
-                yield row, Entry(Bucket.CONTAMINATED, str(hit)) if hit else None
-        refuse_overlap(refused, self._held_out)
-
-    def notes(self) -> Sequence[str]:
-        return ()
+from posttrain.data.filters import Filters
+from posttrain.data.hygiene.contamination import Index
+from posttrain.data.hygiene.duplicates import Rules
+from posttrain.data.hygiene.screens import Contamination, Repetition
+from posttrain.data.hygiene.units import TokenEncoder
+from posttrain.data.ledger import Entry
+from posttrain.data.prepare import Screen
+from posttrain.methods.stage import Stage
+from posttrain.records import Message, Pair
+from posttrain.settings import FilterSettings, StageSettings
 
 
-class PairsAudited:
-    """Changes nothing; says what a preference set would teach besides preference."""
+def screens_of(stage: Stage, s: StageSettings) -> list[Screen]:
+    """Filters first, so that a masked row is looked at masked; then evaluation items, contradictions, duplicates."""
+    encode = TokenEncoder(stage.renderer.tokenizer) if s.decontaminate.level == "token" else None
+    index = Index.of(stage.held_out, s.decontaminate.n, encode)
+    rules = None
+    if s.dedup is not None:
+        rules = Rules(s.dedup.near, s.dedup.shingle, s.dedup.across, s.dedup.ignore_case)
+    filters: list[Screen] = [] if s.filters == FilterSettings() else [Filters(s.filters)]
+    return [PairLengths(), *filters, Contamination(index, s.on_contamination), Repetition(rules, s.on_conflict)]
+
+
+def screening(stage: Stage, s: StageSettings) -> list[Any]:
+    """What decides the screens' verdicts; part of the name under which prepared rows are kept."""
+    dedup = s.dedup.model_dump() if s.dedup is not None else None
+    items = [repr(item) for item in stage.held_out]
+    compared = [s.decontaminate.n, s.decontaminate.level]
+    return [s.filters.model_dump(), s.on_contamination, compared, dedup, s.on_conflict, items]
+
+
+class PairLengths:
+    """Changes nothing; says what a preference set would teach besides preference: length."""
 
     def __init__(self) -> None:
-        self._pairs: list[Pair] = []
+        self._n = self._longer = self._shorter = 0
 
     def __call__(self, rows: Iterator[Any]) -> Iterator[tuple[Any, Entry | None]]:
         for row in rows:
             if isinstance(row, Pair):
-                self._pairs.append(row)
+                chosen, rejected = _characters(row.chosen), _characters(row.rejected)
+                self._n += 1
+                self._longer += chosen > rejected
+                self._shorter += chosen < rejected
             yield row, None
 
     def notes(self) -> Sequence[str]:
-        return (str(audit_pairs(self._pairs)),) if self._pairs else ()
+        if not self._n:
+            return ()
+        longer, shorter = self._longer / self._n, self._shorter / self._n
+        return (f"{self._n:,} pairs: chosen is longer in {longer:.0%}, shorter in {shorter:.0%}",)
 
 
-def _asked(row: Row) -> str:
-    """What the user says: the part that identifies an item."""
-    if isinstance(row, Example):
-        return row.text if row.text is not None else prompt_text(row.messages)
-    return prompt_text(row.prompt)
+def _characters(messages: Sequence[Message]) -> int:
+    return sum(len(message.content) for message in messages)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.data.formats import Source
+from posttrain.data.hygiene.passages import Document
 from posttrain.data.ledger import Counts
 from posttrain.data.render import Renderer
 from posttrain.errors import ModelError
 from posttrain.models.policy import Policy
-from posttrain.records import Message
 from posttrain.reporting import Reporter
 from posttrain.train.loop import Place, Trained
 
@@ -25,7 +25,8 @@ class Stage:
     resolve: Callable[[str], Path]
     place: Place
     reporter: Reporter
-    held_out: Sequence[tuple[str, str]]  # (id, prompt text) of the gate's items: never to be trained on
+    held_out: Sequence[Document]  # evaluation items: never to be trained on
+    reference: Callable[[], Policy] | None = None  # loads the reference where it is not the model the stage starts from
     home: Path | None = None  # None: the stage keeps everything to itself
 
     @property
@@ -56,8 +57,3 @@ def refuse_beyond_positions(stage: Stage, n_tokens: int) -> None:
             where=stage.name,
             remedy=f"Set max_length to at most {limit}.",
         )
-
-
-def prompt_text(messages: Iterable[Message]) -> str:
-    """What the user says in a conversation: the part that identifies an item."""
-    return "\n".join(m.content for m in messages if m.role == "user")

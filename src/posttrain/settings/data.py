@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from posttrain.paths import BUILTIN, FILE_NAME
 from posttrain.settings.base import Positive, Section
 
 FormatName = Literal[
@@ -49,10 +50,24 @@ class DatasetSettings(Section):
     )
 
 
+def hub_keys(dataset: DatasetSettings) -> str:
+    """Keys this data set gives that only one of the Hub reads. `split` is also for folders that hold several."""
+    given = {
+        "name": dataset.name is not None,
+        "split": dataset.split != "train",
+        "revision": dataset.revision is not None,
+        "streaming": dataset.streaming,
+    }
+    return " and ".join(key for key, said in given.items() if said)
+
+
 def objection(datasets: Sequence[DatasetSettings]) -> tuple[int, str] | None:
     """What cannot be meant in a list of data sets: which one, and why."""
     weighted = [dataset.weight is not None for dataset in datasets]
     for i, dataset in enumerate(datasets):
+        is_file = dataset.path.startswith(BUILTIN) or FILE_NAME.fullmatch(dataset.path)
+        if is_file and (unread := hub_keys(dataset)):
+            return i, f"has {unread}, which is never read: this is no data set of the Hub. Remove it."
         if weighted[i] != any(weighted):
             return i, "has no weight, and another one has. Give each data set a weight, or none."
         if weighted[i] and len(datasets) == 1:

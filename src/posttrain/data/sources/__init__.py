@@ -17,6 +17,7 @@ from posttrain.data.sources import hub, tables, text
 from posttrain.data.sources.rows import RawRow, not_an_object
 from posttrain.errors import DataError, RecipeError
 from posttrain.settings import DatasetSettings
+from posttrain.settings.data import hub_keys
 
 Resolve = Callable[[str], Path]
 Numbered = Iterator[tuple[int, Any]]
@@ -66,6 +67,15 @@ def open_sources(datasets: Sequence[DatasetSettings], resolve: Resolve) -> list[
     return [_open(dataset, path, label) for dataset, path, label in zip(datasets, found, labels, strict=True)]
 
 
+def names_of(datasets: Sequence[DatasetSettings]) -> list[str]:
+    """What each data set is called in reports: all different."""
+    names: list[str] = []
+    for dataset in datasets:
+        extra = (dataset.name, dataset.split if dataset.split != "train" else None)
+        names.append("/".join(filter(None, (dataset.path, *extra))))
+    return _made_unique(names)
+
+
 def content_hash(dataset: DatasetSettings, resolve: Resolve) -> str:
     """Identity of what a data set holds. Of a streamed one: its name at its revision."""
     source = open_sources([dataset], resolve)[0]
@@ -92,7 +102,7 @@ def _open(dataset: DatasetSettings, path: Path | None, label: str) -> OpenSource
     files = tables.saved_files(path, dataset.split) if path.is_dir() else None
     if path.is_dir() and files is None and not _reader_of(path):
         return _open_hub(dataset, str(path), label)
-    _refuse_hub_keys(dataset, path, is_folder=path.is_dir())
+    _refuse_hub_keys(dataset, path)
     if files is not None:
         return _open_files(path, files, READERS[".arrow"], label)
     reader = _reader_of(path)
@@ -109,16 +119,11 @@ def _reader_of(path: Path) -> Reader | None:
     return next((reader for suffix, reader in READERS.items() if path.name.endswith(suffix)), None)
 
 
-def _refuse_hub_keys(dataset: DatasetSettings, path: Path, *, is_folder: bool) -> None:
-    given = {
-        "name": dataset.name is not None,
-        "split": dataset.split != "train" and not is_folder,
-        "revision": dataset.revision is not None,
-        "streaming": dataset.streaming,
-    }
-    if unread := [key for key, said in given.items() if said]:
+def _refuse_hub_keys(dataset: DatasetSettings, path: Path) -> None:
+    told = dataset if not path.is_dir() else dataset.model_copy(update={"split": "train"})
+    if unread := hub_keys(told):
         raise DataError(
-            f"{' and '.join(unread)} would never be read: this is no data set of the Hub.",
+            f"{unread} would never be read: this is no data set of the Hub.",
             where=str(path),
             remedy="Remove the key.",
         )
@@ -195,15 +200,23 @@ def _labels(datasets: Sequence[DatasetSettings], found: Sequence[Path | None]) -
     """Row ids begin with the file's name; with the recipe's path where names collide; and "#2" for a repeated one."""
     shown = [_hub_label(d) if path is None else path.name for d, path in zip(datasets, found, strict=True)]
     names = Counter(shown)
-    labels: list[str] = []
-    for dataset, path, name in zip(datasets, found, shown, strict=True):
-        label = name if names[name] == 1 else dataset.path
-        if path is None or (path.is_dir() and dataset.split != "train"):
-            label = _hub_label(dataset)
-        earlier = sum(before.split("#")[0] == label for before in labels)
-        labels.append(f"{label}#{earlier + 1}" if earlier else label)
-    return labels
+    longer = [
+        _hub_label(d) if path is None or path.is_dir() else d.path for d, path in zip(datasets, found, strict=True)
+    ]
+    return _made_unique([name if names[name] == 1 else long for name, long in zip(shown, longer, strict=True)])
 
 
 def _hub_label(dataset: DatasetSettings) -> str:
     return "/".join(filter(None, (dataset.path, dataset.name, dataset.split)))
+
+
+def _made_unique(names: Sequence[str]) -> list[str]:
+    """The second of a name gets "#2", or the next number that nobody has."""
+    unique: list[str] = []
+    for name in names:
+        new, n = name, 1
+        while new in unique or (n > 1 and new in names):
+            n += 1
+            new = f"{name}#{n}"
+        unique.append(new)
+    return unique

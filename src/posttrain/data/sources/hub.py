@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from posttrain.data.sources.tables import without_nulls
+from posttrain.data.sources.tables import first_line, without_nulls
 from posttrain.errors import DataError
 from posttrain.network import go_offline_if_unreachable
 from posttrain.settings import DatasetSettings
@@ -31,11 +31,11 @@ def load(dataset: DatasetSettings, path: str) -> Any:
     try:
         return load_dataset(path, **asked)
     except Exception as fault:  # network, Hub, cache, builder: `datasets` passes on whatever it meets
-        said = str(fault).strip().split("\n")[0].rstrip(".") or type(fault).__name__
+        lost = "" if Path(path).is_dir() else "It is no file here. "
         raise DataError(
-            f"datasets cannot load it (split {dataset.split}): {said}.",
+            f"datasets cannot load it (split {dataset.split}): {first_line(fault)}.",
             where=dataset.path,
-            remedy="Correct path, name, split or revision; without a network, download it first or name a file.",
+            remedy=f"{lost}Correct path, name, split or revision; without a network, download it first.",
         ) from None
 
 
@@ -46,18 +46,17 @@ def rows(loaded: Any, dataset: DatasetSettings) -> Iterator[tuple[int, Any]]:
     try:
         for number, row in enumerate(loaded, start=1):
             yield number, {name: without_nulls(value) for name, value in row.items()}
-    except DataError:
-        raise
     except Exception as fault:
-        said = str(fault).strip().split("\n")[0].rstrip(".") or type(fault).__name__
         raise DataError(
-            f"datasets fails after row {number}: {said}.", where=dataset.path, remedy="Try again, or download it first."
+            f"datasets fails after row {number}: {first_line(fault)}.",
+            where=dataset.path,
+            remedy="Try again, or download it first.",
         ) from None
 
 
 def content_hash(loaded: Any) -> str:
     """Of the Arrow files `datasets` keeps of it; of its rows where it keeps none."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(len(loaded)).encode())  # a slice of a split has the files of the whole
     for entry in loaded.cache_files:
         with Path(entry["filename"]).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

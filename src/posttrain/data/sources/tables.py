@@ -86,22 +86,34 @@ def _check_names(batch: pa.RecordBatch, path: Path) -> None:
 
 
 def _python(batch: pa.RecordBatch, path: Path, done: int) -> list[dict[str, Any]]:
+    """Rows as Python values, once they are known to be sound: damaged offsets would be read as addresses."""
+    import pyarrow as pa
+
     try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
-    except UnicodeDecodeError:
-        pass
-    else:
-        return rows
+        batch.validate(full=True)
+    except pa.ArrowInvalid as fault:
+        raise DataError(
+            f"damaged: {first_line(fault)}.",
+            where=f"{path}:{done + 1 + _first_broken(batch)}",
+            remedy="Copy or write the file again; text in it must be UTF-8.",
+        ) from None
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    return rows
+
+
+def _first_broken(batch: pa.RecordBatch) -> int:
+    import pyarrow as pa
+
     for i in range(batch.num_rows):
         try:
-            batch.slice(i, 1).to_pylist()
-        except UnicodeDecodeError as fault:
-            raise DataError(
-                f"text that is not UTF-8: byte 0x{fault.object[fault.start]:02x}.",
-                where=f"{path}:{done + i + 1}",
-                remedy="Write the table again from text that is.",
-            ) from None
-    raise AssertionError("a batch is broken and none of its rows is")
+            batch.slice(i, 1).validate(full=True)
+        except pa.ArrowInvalid:
+            return i
+    return 0
+
+
+def first_line(fault: BaseException) -> str:
+    return str(fault).strip().split("\n")[0].rstrip(".") or type(fault).__name__
 
 
 def without_nulls(value: Any) -> Any:
@@ -121,9 +133,9 @@ def _sound(path: Path, done: Callable[[], int]) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (pa.ArrowException, OSError) as fault:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as fault:
         after = f" after row {done()}" if done() else ""
-        said = str(fault).strip().split("\n")[0].rstrip(".")
+        said = first_line(fault)
         raise DataError(
             f"not a whole {path.suffix.lstrip('.')} file, it breaks{after}: {said}.",
             where=str(path),

@@ -144,7 +144,7 @@ class _Window:
         """Drop what is behind, and take in as much again as there is (so that a long row costs linear time)."""
         self.text = self.text[self.at :]
         self.at = 0
-        added = self.file.read(max(CHUNK, len(self.text)))
+        added = self.file.read(min(max(CHUNK, len(self.text)), MAX_ROW_BYTES + 1))
         self.text += added
         return bool(added)
 
@@ -171,6 +171,8 @@ class _Window:
             except ValueError as fault:
                 raise DataError(f"{fault}.", where=where, remedy="Mend or remove the row.") from None
             else:
+                if end - self.at > MAX_ROW_BYTES:
+                    raise too_long("the row", where)
                 check_value(value, self.text[self.at : end], where)
                 self.at = end
                 return value
