@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 PACKAGE = SOURCE / "posttrain"
 
 LEVELS = [
-    {"errors", "network", "records", "settings", "paths", "recipe", "reporting", "seeds"},
+    {"errors", "intervals", "network", "records", "settings", "paths", "recipe", "reporting", "seeds"},
     {"data", "models", "losses", "rewards", "registry"},
     {"rollout", "train"},
     {"methods", "gate"},

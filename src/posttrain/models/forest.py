@@ -44,8 +44,8 @@ class AttentionGroup:
     query_index_RQ: Tensor
     key_index_RK: Tensor
     prefix_R: Tensor
+    valid_RQ: Tensor  # false where a query only pads its row
     plain_causal: bool  # no row has a prefix: the causal mask alone is right
-    valid_index: Tensor  # flat indices of the real (unpadded) queries in R×Q
 
     def mask(self, window: int | None) -> Tensor:
         """(R, 1, Q, K) bool: which keys a query may see; `window` is a sliding attention window in tokens."""
@@ -79,7 +79,9 @@ class ForestBatch:
     token_ids_T: Tensor
     position_ids_T: Tensor
     groups: tuple[AttentionGroup, ...]
-    order_T: Tensor  # concatenated group outputs → token order
+    query_index: Tensor  # of all groups, one after the other: one gather per layer instead of one per group
+    key_index: Tensor
+    place_T: Tensor  # where each token stands among all those queries
     table: LossTable
 
 
@@ -126,12 +128,17 @@ def build_forest(
             before = (trunk_start + n_trunk - 1, *range(start, start + n_own))[:n_own]
             hidden_index += [h for h, scored in zip(before, branch.scored, strict=True) if scored]
     groups = tuple(_group(g, device) for g in _bucket(row.attention))
-    laid_T = torch.cat([g.query_index_RQ.flatten()[g.valid_index] for g in groups])
+    query_index = torch.cat([g.query_index_RQ.flatten() for g in groups])
+    real = torch.cat([g.valid_RQ.flatten() for g in groups]).nonzero().squeeze(1)
+    place_T = torch.empty_like(real)
+    place_T[query_index[real]] = real
     return ForestBatch(
         token_ids_T=torch.tensor(row.token_ids, device=device),
         position_ids_T=torch.tensor(row.positions, device=device),
         groups=groups,
-        order_T=torch.argsort(laid_T),
+        query_index=query_index,
+        key_index=torch.cat([g.key_index_RK.flatten() for g in groups]),
+        place_T=place_T,
         table=loss_table(trees, hidden_index, device),
     )
 
@@ -183,6 +190,6 @@ def _group(rows: list[AttentionRow], device: torch.device | str) -> AttentionGro
         query_index_RQ=query_index_RQ.to(device),
         key_index_RK=key_index_RK.to(device),
         prefix_R=prefix.to(device),
+        valid_RQ=valid_RQ.to(device),
         plain_causal=not bool(prefix.any()),
-        valid_index=valid_RQ.flatten().nonzero().squeeze(1).to(device),
     )
