@@ -35,6 +35,9 @@ TORCH_FREE = [
     "posttrain.reporting",
     "posttrain.seeds",
     "posttrain.recipe",
+    "posttrain.data.prepare",
+    "posttrain.data.worker",
+    "posttrain.data.whereabouts",
     "posttrain.cli",
     "posttrain.cli.app",
 ]

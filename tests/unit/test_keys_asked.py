@@ -92,7 +92,11 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
         dpo(**lora, gate=gate("never", on_fail="keep_parent")),
         dpo(max_steps=1, loss_type=["discopop", "ipo"], sync_ref_model=True, ref_model_sync_steps=1),
         dpo(max_steps=1, f_divergence_type="alpha_divergence"),
-        *(preference(m, **lora, gate=gate("never", on_fail="keep_parent")) for m in ("kto", "simpo", "cpo", "orpo")),
+        *(
+            # Rows of another length limit: what one stage prepared would serve the next.
+            preference(m, **lora, max_length=50 + i, gate=gate("never", on_fail="keep_parent"))
+            for i, m in enumerate(("kto", "simpo", "cpo", "orpo"))
+        ),
         grpo(**lora, gate=gate("never", on_fail=back)),
     )
     with noted() as asked:

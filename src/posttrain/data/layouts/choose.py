@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from posttrain.data.layouts.base import Dropped, Format, given, listed
 from posttrain.data.layouts.examples import EXAMPLES
@@ -11,15 +12,16 @@ from posttrain.data.layouts.judged import PAIRS, RATED, STEPWISE
 from posttrain.data.layouts.tasks import TASKS
 from posttrain.data.sources.rows import RawRow
 from posttrain.errors import DataError
-from posttrain.records import Example, Pair, Rated, Row, Stepwise, Task
+from posttrain.records import Example, Judged, Pair, Rated, Row, Stepwise, Task
 from posttrain.settings import DatasetSettings
 
-FORMATS: dict[type, dict[str, Format]] = {
+FORMATS: dict[Any, dict[str, Format]] = {
     Example: EXAMPLES,
     Pair: PAIRS,
     Rated: RATED,
     Stepwise: STEPWISE,
     Task: TASKS,
+    Judged: {**PAIRS, **RATED},
 }
 # The more a row says, the earlier its kind: a pair with its prompt could also be read as a task.
 KINDS = (Pair, Rated, Stepwise, Example, Task)
@@ -66,7 +68,7 @@ class Layout:
         return replace(row, fields=fields)
 
 
-def choose(dataset: DatasetSettings, first: RawRow, kind: type) -> Layout:
+def choose(dataset: DatasetSettings, first: RawRow, kind: Any) -> Layout:
     """The layout of a source, from the recipe and its first row."""
     formats = FORMATS[kind]
     seen = _asked(dataset, formats)._renamed(first)  # also refuses columns that are not there
