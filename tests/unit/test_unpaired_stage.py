@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import go, preference, recipe, refused, rows, sft, small_data, tiny_base
+from small_run import go, grpo, preference, recipe, refused, rows, sft, small_data, tiny_base
 
+from posttrain.cli.data_files import read_stage
 from posttrain.methods import kto
+from posttrain.records import Example, Pair, Rated, Task
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +50,10 @@ def test_rows_without_a_verdict_are_refused(folder: Path) -> None:
     said = str(refused(folder, sft(max_steps=2), preference("kto", max_steps=4, **datasets), home="other"))
     assert "the columns fit no known format: prompt, completion." in said
     assert "These rows look like prompt_completion, which belongs to another kind of stage." in said
+
+
+def test_commands_read_each_stage_as_its_method_does(folder: Path) -> None:
+    thumbs = preference("kto", datasets=[{"path": "thumbs.jsonl"}])
+    found = recipe(folder, sft(), thumbs, preference("kto"), preference("orpo"), grpo())
+    kinds = [type(read_stage(stage, found.resolve).rows[0]) for stage in found.stages]
+    assert kinds == [Example, Rated, Pair, Pair, Task]

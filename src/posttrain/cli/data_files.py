@@ -14,7 +14,7 @@ from posttrain.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from posttrain.data.formats import Loaded
-    from posttrain.data.sources import RawRow
+    from posttrain.data.sources.rows import RawRow
     from posttrain.recipe import Stage
     from posttrain.records import Row
 
@@ -76,13 +76,11 @@ def read_groups(
 
 def read_stage(stage: Stage, resolve: Callable[[str], Path]) -> Loaded[Any]:
     """The rows a recipe's stage learns from, as its method reads them."""
-    from posttrain.data.formats import kind_of, read
-    from posttrain.records import Example, Pair, Rated, Task
+    from posttrain.data.formats import read
+    from posttrain.records import Example, Judged, Pair, Task
 
-    kinds = {"sft": Example, "grpo": Task}
-    datasets = stage.settings.datasets
-    kind = kinds.get(stage.method) or kind_of(datasets[0], resolve, (Pair, Rated))
-    return read(datasets, resolve, kind)
+    kinds: dict[str, Any] = {"sft": Example, "grpo": Task, "kto": Judged}
+    return read(stage.settings.datasets, resolve, kinds.get(stage.method, Pair))
 
 
 def resolve(path: str) -> Path:
