@@ -11,7 +11,9 @@ from posttrain.importers.ledger import Added, is_on
 from posttrain.recipe.yaml_lines import KeyPath
 
 FULL = "all weights are trained, so there is no adapter"
-PLAIN_BASE = "the frozen base is not quantised to {bits} bits: it takes more memory, and learning is otherwise the same."
+PLAIN_BASE = (
+    "the frozen base is not quantised to {bits} bits: it takes more memory, and learning is otherwise the same."
+)
 PEFT_CHOICE = (
     "{tool} leaves the adapted layers to peft, mostly q_proj and v_proj; here they are all linear layers. To keep its "
     "choice, set lora: {{target_modules: [q_proj, v_proj]}}."

@@ -215,7 +215,9 @@ def _conversation(job: Job, at: KeyPath, given: dict[str, Any], entry: Entry, ba
     elif trained is not None:
         job.ledger.lost((*at, "roles_to_train"), "only the assistant's messages carry loss.")
     for name in given.get("roles") or {}:
-        job.ledger.lost((*at, "roles", name), "roles are user, assistant, system and tool, or human and gpt: rename others.")
+        job.ledger.lost(
+            (*at, "roles", name), "roles are user, assistant, system and tool, or human and gpt: rename others."
+        )
 
 
 def _with(entry: Entry, ours: str, theirs: str, at: KeyPath) -> dict[str, tuple[str, KeyPath]]:

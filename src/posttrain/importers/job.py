@@ -171,7 +171,9 @@ def new_dataset(
     entry = {"path": Item(path, job.origin(at))}
     (job.draft.eval_datasets if held_out else job.draft.datasets).append(entry)
     if on_hub and not hub_is_read():
-        job.ledger.lost(at, f"data sets of the Hub are not read: save {path} as .jsonl and write that file as the path.")
+        job.ledger.lost(
+            at, f"data sets of the Hub are not read: save {path} as .jsonl and write that file as the path."
+        )
     else:
         job.ledger.carried(at, "eval_datasets.path" if held_out else "datasets.path", path)
     return entry

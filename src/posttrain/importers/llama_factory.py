@@ -170,7 +170,9 @@ def _what_is_learnt(job: Job) -> None:
 def _preference(job: Job) -> None:
     method, loss = job.draft.method, job.get("pref_loss")
     if method not in ("dpo", "orpo", "simpo", "kto"):
-        job.not_needed("pref_beta pref_loss dpo_label_smoothing simpo_gamma pref_ftx pref_bco_weight", "sft has no pairs")
+        job.not_needed(
+            "pref_beta pref_loss dpo_label_smoothing simpo_gamma pref_ftx pref_bco_weight", "sft has no pairs"
+        )
         job.not_needed("kto_chosen_weight kto_rejected_weight ref_model ld_alpha", "sft has no pairs")
         return
     beta = job.number("pref_beta", default=0.1) or 0.1

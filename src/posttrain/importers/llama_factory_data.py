@@ -53,7 +53,9 @@ def _entry(job: Job, key: str, name: str, held_out: bool) -> None:
         (job.draft.eval_datasets if held_out else job.draft.datasets).append(entry)
         _limit(job, entry)
         return
-    source = next((k for k in ("hf_hub_url", "file_name", "ms_hub_url", "script_url", "cloud_file_name") if info.get(k)), "")
+    source = next(
+        (k for k in ("hf_hub_url", "file_name", "ms_hub_url", "script_url", "cloud_file_name") if info.get(k)), ""
+    )
     if source in ("hf_hub_url", "file_name"):
         entry = new_dataset(job, (*at, source), str(info[source]), held_out=held_out)
     else:
@@ -120,7 +122,10 @@ def _alpaca(job: Job, at: KeyPath, info: dict[str, Any], entry: Entry, ranking: 
         columns = {"instruction": (prompt, said("prompt")), "output": (answer, said("response"))}
         columns["input"] = (query, said("query"))
     else:
-        form, columns = "prompt_completion", {"prompt": (prompt, said("prompt")), "completion": (answer, said("response"))}
+        form, columns = (
+            "prompt_completion",
+            {"prompt": (prompt, said("prompt")), "completion": (answer, said("response"))},
+        )
         if query and not info.get("columns"):
             job.note(f"{entry['path'].value}: the column input is not read; join it with instruction first.")
     _write(job, at, entry, form, {ours: pair for ours, pair in columns.items() if pair[0]})
@@ -154,7 +159,9 @@ def _sharegpt(job: Job, at: KeyPath, info: dict[str, Any], entry: Entry, ranking
         standard = {"role_tag": ("role", "from"), "content_tag": ("content", "value"), **STANDARD_TAGS}
         if value in standard.get(key, ()):
             job.not_needed([(*at, "tags", key)], "messages are read by these names")
-        job.lost([(*at, "tags", key)], "rename the keys and roles of the messages to role, content, user and assistant.")
+        job.lost(
+            [(*at, "tags", key)], "rename the keys and roles of the messages to role, content, user and assistant."
+        )
     for key in ("system", "tools"):
         _beside(job, (*at, "columns", key), key, entry)
 
@@ -199,7 +206,9 @@ def _mixture(job: Job) -> None:
         job.ledger.carried(("interleave_probs",), "datasets.weight", shares)
     if how == "concat":
         job.not_needed("mix_strategy", "all rows of all data sets are used")
-    job.lost("mix_strategy interleave_probs", "no row is used twice: give each data set its share with limit or weight.")
+    job.lost(
+        "mix_strategy interleave_probs", "no row is used twice: give each data set its share with limit or weight."
+    )
     if is_on(job.get("streaming")):
         job.lost("streaming", "set streaming and revision on each data set of the Hub, where this version has them.")
     job.not_needed("streaming", "is off")

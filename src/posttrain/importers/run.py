@@ -72,7 +72,9 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def import_file(tool: str, shown: str, out: Path, *, method: str | None = None, processes: int | None = None) -> Imported:
+def import_file(
+    tool: str, shown: str, out: Path, *, method: str | None = None, processes: int | None = None
+) -> Imported:
     """Read `shown`, a file of `tool`, for a recipe that will stand in `out`. Raises `RecipeError` (exit code 2)."""
     file = Path(shown).expanduser()
     document = _read(file, shown)
@@ -116,7 +118,9 @@ def _refuse_others(tool: str, document: Document, shown: str) -> None:
     keys = set(document.data)
     kind = TOOLS[tool]
     missing = next((group for group in kind.needs if not keys & set(group)), None)
-    tells = {name: sorted(keys & other.tells, key=lambda key: document.line_of((key,))) for name, other in TOOLS.items()}
+    tells = {
+        name: sorted(keys & other.tells, key=lambda key: document.line_of((key,))) for name, other in TOOLS.items()
+    }
     if not missing and (tells[tool] or not any(tells.values())):
         others = [name for name in TOOLS if name != tool and len(tells[name]) > len(tells[tool])]
         if not others:

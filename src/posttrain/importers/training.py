@@ -14,14 +14,18 @@ SCHEDULES = {
     "constant": "constant",
     "constant_with_warmup": "constant",
 }
-ADAMW = frozenset("adamw adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused adamw_anyprecision "
-    "paged_adamw paged_adamw_32bit".split())
+ADAMW = frozenset(
+    "adamw adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused adamw_anyprecision "
+    "paged_adamw paged_adamw_32bit".split()
+)
 ADAMW_8BIT = {
     "adamw_8bit": "adamw_8bit",
     "adamw_bnb_8bit": "adamw_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-ONE_PROCESS = "one process trains. Where it does not fit, use adapter: lora, gradient_checkpointing or micro_batch_tokens."
+ONE_PROCESS = (
+    "one process trains. Where it does not fit, use adapter: lora, gradient_checkpointing or micro_batch_tokens."
+)
 MLFLOW = "runs are tracked in MLflow: MLFLOW_TRACKING_URI names a server."
 NO_PADDING = "rows are laid end to end without padding"
 ATTENTION = "attention is chosen for the machine"

@@ -10,7 +10,15 @@ from posttrain.importers.job import Job, Tables, by_reason, is_file, new_dataset
 from posttrain.importers.ledger import is_off, is_on
 from posttrain.recipe.yaml_lines import KeyPath
 
-METHOD_OF = {"sft": "sft", "dpo": "dpo", "kto": "kto", "orpo": "orpo", "cpo": "cpo", "grpo": "grpo", "reward": "reward_model"}
+METHOD_OF = {
+    "sft": "sft",
+    "dpo": "dpo",
+    "kto": "kto",
+    "orpo": "orpo",
+    "cpo": "cpo",
+    "grpo": "grpo",
+    "reward": "reward_model",
+}
 # Keys that only one command of TRL has. The first that is there decides.
 TELLING = {
     "grpo": "reward_funcs num_generations max_completion_length num_iterations reward_weights",
@@ -220,7 +228,9 @@ def _what_is_learnt(job: Job) -> None:
         job.not_needed(key, "is off")
     if not only:
         how = "To learn whole conversations as TRL does, set loss_on: all." if newer else ""
-        job.note(f"without assistant_only_loss TRL learns the prompts of conversations too; here answers only. {how}".strip())
+        job.note(
+            f"without assistant_only_loss TRL learns the prompts of conversations too; here answers only. {how}".strip()
+        )
     loss = job.get("loss_type")
     if loss in ("nll", "chunked_nll"):
         job.not_needed("loss_type", "it is the loss of sft")
