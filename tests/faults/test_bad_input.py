@@ -256,9 +256,9 @@ FAULTS = [
         EXIT_DATA,
         (
             "leak.jsonl:1: 3 training rows hold 2 evaluation items",
-            "leak.jsonl:1 holds leaked.jsonl:1: “how many hours did red and the seven other people of the village”",
+            "leak.jsonl:1 holds leaked.jsonl:1: “how many hours did red and the seven other people of the village",
             "leak.jsonl:3 holds leaked.jsonl:1: “and the seven other people of the village wait there",
-            "Remove these rows from the training data, or judge on other items.",
+            "Remove these rows from the training data, judge on other items, or set on_contamination: drop.",
         ),
     ),
     Fault(

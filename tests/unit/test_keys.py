@@ -14,6 +14,8 @@ from posttrain.gate.suites import SuiteSampling, SuiteSettings
 from posttrain.settings import (
     METHODS,
     DatasetSettings,
+    DecontaminateSettings,
+    DedupSettings,
     FilterSettings,
     GateSettings,
     LoraSettings,
@@ -27,6 +29,8 @@ SECTIONS: tuple[type[Section], ...] = (
     *METHODS.values(),
     DatasetSettings,
     FilterSettings,
+    DecontaminateSettings,
+    DedupSettings,
     LoraSettings,
     GateSettings,
     Retry,

@@ -1,4 +1,4 @@
-"""Every key is asked for by the code that does the work, seen while real runs of the three methods go by.
+"""Every key is asked for by the code that does the work, seen while real runs of all methods go by.
 
 `test_keys.py` compares names, and names such as `path`, `max` or `r` stand everywhere. Here each section notes who asks
 it for what. The recipe layer, which checks and shows every key, does not count.
@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import dpo, gate, go, grpo, recipe, rows, sft, small_data, tiny_base
+from small_run import dpo, gate, go, grpo, preference, recipe, rows, sft, small_data, tiny_base
 
 from posttrain.errors import GateRefused
 from posttrain.gate.suites import SuiteSettings
 from posttrain.settings import (
     METHODS,
     DatasetSettings,
+    DecontaminateSettings,
+    DedupSettings,
     FilterSettings,
     GateSettings,
     LoraSettings,
@@ -33,6 +35,8 @@ SECTIONS: tuple[type[Section], ...] = (
     *METHODS.values(),
     DatasetSettings,
     FilterSettings,
+    DecontaminateSettings,
+    DedupSettings,
     LoraSettings,
     GateSettings,
     Retry,
@@ -74,11 +78,15 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     rows(folder / "eval.jsonl", [{"prompt": "Fine?", "completion": "ok"}] * 2)
     lora = dict(adapter="lora", lora={"r": 4}, max_steps=2, learning_rate=1e-3, lr_scheduler_type="linear")
     back = {"retry": {"stage": "2-sft", "max": 1}}
+    clean = {"dedup": {"near": 0.9}, "decontaminate": {"against": ["held-out.jsonl"]}}
     written = recipe(
         folder,
         sft(),  # until answers end, and sometimes not: the rewards need spread
-        sft(**lora, eval_datasets=[{"path": "eval.jsonl"}], filters={"languages": ["en"]}),
+        sft(**lora, eval_datasets=[{"path": "eval.jsonl"}], filters={"languages": ["en"]}, **clean),
         dpo(**lora, gate=gate("never", on_fail="keep_parent")),
+        dpo(max_steps=1, loss_type=["discopop", "ipo"], sync_ref_model=True, ref_model_sync_steps=1),
+        dpo(max_steps=1, f_divergence_type="alpha_divergence"),
+        *(preference(m, **lora, gate=gate("never", on_fail="keep_parent")) for m in ("kto", "simpo", "cpo", "orpo")),
         grpo(**lora, gate=gate("never", on_fail=back)),
     )
     with noted() as asked:

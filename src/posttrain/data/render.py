@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from posttrain.data.templates import ChatTemplate, Turn
 from posttrain.errors import DataError
-from posttrain.records import Branch, Example, Message, Pair, Tree
+from posttrain.records import Branch, Example, Message, Pair, Rated, Tree
 
 TrainOn = Literal["all", "last"]
 
@@ -86,6 +86,10 @@ class Renderer:
         """One tree a pair: the prompt is trunk, the branches are chosen and rejected, in this order."""
         return self._trees([self._plan_pair(pair) for pair in pairs])
 
+    def rated(self, rows: Iterable[Rated]) -> list[Tree]:
+        """One tree a row: the prompt is trunk, the answer its one branch."""
+        return self._trees([self._plan_rated(row) for row in rows])
+
     def decode(self, ids: Sequence[int]) -> str:
         """All tokens as text, special tokens included."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -137,6 +141,12 @@ class Renderer:
                 raise DataError("chosen and rejected must begin with an assistant message.", where=pair.id)
             branches.append(self._continue(messages[: scored[-1] + 1], scored, pair.id))
         return Plan(pair.id, trunk, tuple(branches))
+
+    def _plan_rated(self, row: Rated) -> Plan:
+        if not row.completion or row.completion[0].role != "assistant":
+            raise DataError("the completion must begin with an assistant message.", where=row.id)
+        plan = self._plan_pair(Pair(row.id, row.prompt, row.completion, row.completion, row.tools))
+        return Plan(plan.id, plan.trunk, plan.branches[:1])
 
     def _prompt(self, messages: tuple[Message, ...], where: str) -> tuple[Piece, ...]:
         """A prompt in pieces, cut around each earlier answer that the template still renders as it was sampled."""

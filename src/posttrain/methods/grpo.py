@@ -97,7 +97,7 @@ class GRPOObjective:
         )
         # How far trainer and sampler disagree on the sampled tokens; grows only with num_iterations > 1.
         mismatch = {"mismatch_k3": Mean.of(k3(scored.logp_N.detach(), old_N))}
-        return LossSum(loss.total, {**loss.metrics, **mismatch})
+        return LossSum(loss.total, loss.count, {**loss.metrics, **mismatch})
 
     def evaluate(self) -> Evaluation | None:
         """Greedy answers to the held-out prompts. An answer without a verdict counts 0: the denominator stays."""

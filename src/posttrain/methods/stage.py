@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain.data.filters import apply
 from posttrain.data.formats import Loaded, Source
-from posttrain.data.hygiene import overlaps, refuse_overlap
+from posttrain.data.hygiene.contamination import Index
+from posttrain.data.hygiene.duplicates import Rules
+from posttrain.data.hygiene.passages import Document
+from posttrain.data.hygiene.screens import Contamination, Repetition, Screen, screened
+from posttrain.data.hygiene.units import TokenEncoder
 from posttrain.data.ledger import Bucket, Ledger, fit
 from posttrain.data.render import Renderer
 from posttrain.errors import DataError, ModelError
 from posttrain.models.policy import Policy
-from posttrain.records import Example, Message, Pair, Task, Tree
+from posttrain.records import Tree
 from posttrain.registry.files import writing
 from posttrain.reporting import Reporter
 from posttrain.settings import StageSettings
@@ -30,7 +34,8 @@ class Stage:
     resolve: Callable[[str], Path]
     place: Place
     reporter: Reporter
-    held_out: Sequence[tuple[str, str]]  # (id, prompt text) of the gate's items: never to be trained on
+    held_out: Sequence[Document]  # evaluation items: never to be trained on
+    reference: Callable[[], Policy] | None = None  # loads the reference where it is not the model the stage starts from
 
     @property
     def name(self) -> str:
@@ -47,7 +52,7 @@ class StageResult:
 
 
 def account(stage: Stage, loaded: Loaded[Any], s: StageSettings) -> tuple[Ledger, list[Any]]:
-    """Open the ledger, filter the rows, take out those that hold evaluation items, and return what remains."""
+    """Open the ledger, filter the rows, take out what must not be trained on, and return what remains."""
     for source in loaded.sources:
         stage.reporter.line(f"{stage.name}: {source}")
     ledger = Ledger.of(loaded)
@@ -56,14 +61,27 @@ def account(stage: Stage, loaded: Loaded[Any], s: StageSettings) -> tuple[Ledger
         ledger.put(row_id, Bucket.DROPPED, reason)
     for said in filtered.said:
         stage.reporter.line(f"{stage.name}: {said}")
-    texts = [(row.id, _asked(row)) for row in filtered.rows]
-    if s.on_contamination == "error":
-        refuse_overlap(texts, stage.held_out)
-        return ledger, list(filtered.rows)
-    hits = {hit.train_id: hit for hit in overlaps(texts, stage.held_out)}
-    for hit in hits.values():
-        ledger.put(hit.train_id, Bucket.CONTAMINATED, str(hit))
-    return ledger, [row for row in filtered.rows if row.id not in hits]
+    screens = screens_of(stage, s)
+    kept = []
+    for row, verdict in screened(filtered.rows, screens):
+        if verdict is None:
+            kept.append(row)
+        else:
+            ledger.put(row.id, verdict.bucket, verdict.reason)
+    for screen in screens:
+        for note in screen.notes():
+            stage.reporter.line(f"{stage.name}: {note}")
+    return ledger, kept
+
+
+def screens_of(stage: Stage, s: StageSettings) -> list[Screen]:
+    """What every row goes through: evaluation items in it, contradictions, duplicates."""
+    encode = TokenEncoder(stage.renderer.tokenizer) if s.decontaminate.level == "token" else None
+    index = Index.of(stage.held_out, s.decontaminate.n, encode)
+    rules = None
+    if s.dedup is not None:
+        rules = Rules(s.dedup.near, s.dedup.shingle, s.dedup.across, s.dedup.ignore_case)
+    return [Contamination(index, s.on_contamination), Repetition(rules, s.on_conflict)]
 
 
 def fit_rows(stage: Stage, trees: Sequence[Tree], ledger: Ledger, s: StageSettings) -> list[Tree]:
@@ -109,14 +127,3 @@ def _refuse_beyond_positions(stage: Stage, n_tokens: int) -> None:
             where=stage.name,
             remedy=f"Set max_length to at most {limit}.",
         )
-
-
-def prompt_text(messages: Iterable[Message]) -> str:
-    """What the user says in a conversation: the part that identifies an item."""
-    return "\n".join(m.content for m in messages if m.role == "user")
-
-
-def _asked(row: Example | Pair | Task) -> str:
-    if isinstance(row, Example):
-        return row.text if row.text is not None else prompt_text(row.messages)
-    return prompt_text(row.prompt)

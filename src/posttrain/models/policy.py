@@ -72,11 +72,14 @@ class Policy:
             )
         return out.last_hidden_state[0]
 
-    def score(self, trees: Sequence[Tree], *, temperature: float = 1.0) -> tuple[Scored, LossTable]:
-        """Log-probabilities of every scored token of the trees, in tree order."""
+    def score(
+        self, trees: Sequence[Tree], *, temperature: float = 1.0, collision: bool = False
+    ) -> tuple[Scored, LossTable]:
+        """Log-probabilities of every scored token of the trees, in tree order; `collision` adds log Σ p² there."""
         batch = self.batch(trees)
         hidden_ND = self.hidden(batch).index_select(0, batch.table.hidden_index_N)
-        return score(hidden_ND, batch.table.target_N, self.head, temperature=temperature), batch.table
+        found = score(hidden_ND, batch.table.target_N, self.head, temperature=temperature, collision=collision)
+        return found, batch.table
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from posttrain.gate.report import line as gate_line
 from posttrain.gate.suites import Suite
 from posttrain.methods.registry import METHODS, StageResult
 from posttrain.methods.registry import Stage as MethodStage
-from posttrain.methods.stage import prompt_text
 from posttrain.models.adapters import add_lora
 from posttrain.models.load import LoadOptions, load_policy, save_policy, saved_differs, weights_fingerprint
 from posttrain.models.policy import Policy
 from posttrain.pipeline.answers import Answers
-from posttrain.pipeline.identity import Parent, stage_fingerprint, stage_seed
+from posttrain.pipeline.held_out import held_out
+from posttrain.pipeline.identity import Parent, reference_of, stage_fingerprint, stage_seed
 from posttrain.recipe import Recipe, Stage, fingerprint
 from posttrain.records import ArtefactRef, GateReport
 from posttrain.registry.artefact import attach_gate, load_ref, save_artefact
@@ -30,7 +30,7 @@ from posttrain.registry.manifest import DataFile, Manifest, current_versions, no
 from posttrain.registry.store import CANDIDATE, ModelStore
 from posttrain.reporting import Reporter, duration
 from posttrain.seeds import derive_seed
-from posttrain.settings import StageSettings
+from posttrain.settings import TEACHES_ANSWERS, StageSettings
 from posttrain.train.loop import Place
 from posttrain.train.metrics import read_metrics
 
@@ -73,6 +73,7 @@ class StageRun:
     suite: Suite | None
     seed: int
     meaning: str
+    reference: Parent  # what log-ratios are measured against; most often the parent
 
     @property
     def key(self) -> str:
@@ -112,8 +113,9 @@ def run_stage(r: Run, stage: Stage, parent: Parent, attempt: int) -> tuple[Stage
     started = time.monotonic()
     suite = r.suites.get(stage.key)
     seed = stage_seed(r.recipe, stage, attempt)
-    meaning = stage_fingerprint(r.recipe, stage, parent, suite, r.template, seed)
-    sr = StageRun(r, stage, parent, suite, seed, meaning)
+    reference = reference_of(r.recipe, stage, parent, r.home)
+    meaning = stage_fingerprint(r.recipe, stage, parent, suite, r.template, seed, reference)
+    sr = StageRun(r, stage, parent, suite, seed, meaning, reference)
     if sr.artefact.exists():
         sr.say(f"finished before, as {sr.version}")
     else:
@@ -123,8 +125,9 @@ def run_stage(r: Run, stage: Stage, parent: Parent, attempt: int) -> tuple[Stage
     version = _register(sr, ref, report)
     accepted = report is None or report.passed
     outcome = StageOutcome(stage.key, ref, report, accepted, version, time.monotonic() - started)
-    had_sft = parent.had_sft or (accepted and stage.method == "sft")
-    return outcome, Parent(str(sr.artefact), ref, had_sft)
+    taught = stage.method in TEACHES_ANSWERS
+    had_sft = parent.had_sft or (accepted and taught)
+    return outcome, Parent(str(sr.artefact), ref, had_sft, None if taught else parent.sft or parent)
 
 
 def _refuse_without_sft(stage: Stage, parent: Parent) -> None:
@@ -152,8 +155,10 @@ def _train_and_save(sr: StageRun) -> None:
         sr.answers(sr.suite).of_loaded(policy, renderer, sr.parent.fingerprint, str(sr.parent.ref))
     if s.adapter == "lora":
         add_lora(policy, s.lora, seed=derive_seed(sr.seed, "adapter"))
-    held_out = [(item.id, prompt_text(item.prompt)) for item in sr.suite.items] if sr.suite else []
-    method = MethodStage(policy, renderer, sr.run.recipe.resolve, sr.place, sr.run.reporter, held_out)
+    recipe = sr.run.recipe
+    items = held_out(recipe, s, sr.suite)
+    loader = _reference_loader(sr)
+    method = MethodStage(policy, renderer, recipe.resolve, sr.place, sr.run.reporter, items, loader)
     result = METHODS[sr.stage.method](method, s)
 
     def save(directory: Path) -> None:
@@ -162,6 +167,17 @@ def _train_and_save(sr: StageRun) -> None:
 
     save_artefact(sr.artefact, _manifest(sr, renderer, result), save, sr.place.metrics)
     sr.say(f"{result.trained.steps} steps in {duration(result.trained.seconds)}, saved as {sr.version}")
+
+
+def _reference_loader(sr: StageRun) -> Callable[[], Policy] | None:
+    """Loads the model the stage measures against; None where that is the one it starts from."""
+    reference = sr.reference
+    if hasattr(sr.settings, "reference"):
+        sr.say(f"log-ratios are measured against {reference.ref}")
+    if reference is sr.parent:
+        return None
+    options = LoadOptions(sr.settings.dtype, sr.settings.forest, frozen_base=True)
+    return lambda: load_policy(reference.source, options)
 
 
 def _renderer(sr: StageRun, policy: Policy) -> Renderer:

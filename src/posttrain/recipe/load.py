@@ -204,6 +204,11 @@ def _named_files(data: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str, bool]]
             for index, entry in enumerate(entries if isinstance(entries, list) else ()):
                 if isinstance(entry, dict) and isinstance(entry.get("path"), str):
                     yield (*head, key, index, "path"), entry["path"], True
+        compared = settings.get("decontaminate")
+        against = compared.get("against") if isinstance(compared, dict) else None
+        for index, name in enumerate(against if isinstance(against, list) else ()):
+            if isinstance(name, str):
+                yield (*head, "decontaminate", "against", index), name, True
         gate = settings.get("gate")
         if isinstance(gate, dict) and isinstance(gate.get("suite"), str):
             yield (*head, "gate", "suite"), gate["suite"], True

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.recipe.faults import show
+from posttrain.recipe.rules_preference import PREFERENCE_RULES
 from posttrain.recipe.yaml_lines import KeyPath, key_name
-from posttrain.settings import FilterSettings, RetryPolicy, StageSettings
+from posttrain.settings import METHODS, FilterSettings, RetryPolicy, StageSettings
 from posttrain.settings.filters import LANGUAGES
+from posttrain.settings.preference import BETA, loss_names
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,19 @@ def filters_fault(filters: FilterSettings, said: Mapping[str, Any]) -> str | Non
     return None
 
 
+def _nothing_to_compare(stage: StageView) -> str | None:
+    if stage.says("decontaminate") and stage.settings.gate is None and not stage.settings.decontaminate.against:
+        return " is set but never read: there is no gate, and against names no evaluation set. Name one, or remove it."
+    return None
+
+
+def _unread_shingle(stage: StageView) -> str | None:
+    dedup = stage.settings.dedup
+    if dedup is not None and dedup.near is None and "shingle" in (stage.raw.get("dedup") or {}):
+        return ".shingle is set but never read: near is null. Set near: 0.8, or remove it."
+    return None
+
+
 def _unread_min_lr(stage: StageView) -> str | None:
     if stage.says("min_lr_ratio") and stage.settings.lr_scheduler_type == "constant":
         return " is set but never read: a constant schedule does not decay. Use cosine or linear, or remove it."
@@ -267,12 +282,15 @@ RULES = (
     Rule("lora", ("adapter",), _unread_lora),
     Rule("min_lr_ratio", ("lr_scheduler_type",), _unread_min_lr),
     Rule("filters", (), _filters),
+    Rule("decontaminate", ("gate",), _nothing_to_compare),
+    Rule("dedup", (), _unread_shingle),
     Rule("eval_steps", ("eval_datasets",), _unread_eval_steps),
     Rule("load_best_model_at_end", ("eval_datasets", "eval_steps"), _nothing_to_choose),
     Rule("eval_datasets", ("datasets",), _trained_on_heldout),
     Rule("max_completion_length", ("max_length",), _no_room_for_prompt),
     Rule("rewards", (), _misshapen_rewards),
     Rule("on_overflow", (), _cut_prompts),
+    *(Rule(*rule) for rule in PREFERENCE_RULES),
 )
 
 
@@ -303,6 +321,8 @@ class Usual:
             return None
         if self.key == "num_train_epochs" and settings.max_steps is not None:
             return None
+        if self.key == "beta" and set(BETA) & set(loss_names(getattr(settings, "loss_type", []))):
+            return None  # these losses mean another scale by it
         value: Any = settings
         for part in self.key.split("."):
             value = getattr(value, part)
@@ -323,15 +343,15 @@ USUAL = (
           "larger batches leave few steps for the same rows"),
     Usual(("sft",), "max_length", 2048, 8192, "long answers would not fit, and the model never learns to write them",
           "memory and time grow with rows that are seldom that long"),
-    Usual(("sft", "dpo", "grpo"), "lora.r", 16, 64, "a small adapter may be too narrow for a new behaviour",
+    Usual(tuple(METHODS), "lora.r", 16, 64, "a small adapter may be too narrow for a new behaviour",
           "a large adapter costs memory and seldom learns more", adapter="lora"),
-    Usual(("dpo",), "beta", 0.1, 0.3, "the policy drifts far from its reference",
+    Usual(("dpo", "kto"), "beta", 0.1, 0.3, "the policy drifts far from its reference",
           "the policy is held at its reference and learns next to nothing", for_large_models=False),
-    Usual(("dpo",), "learning_rate", 1e-7, 2e-6, "preferences then hardly move the model",
+    Usual(("dpo", "kto"), "learning_rate", 1e-7, 2e-6, "preferences then hardly move the model",
           "full preference training at this rate breaks the answers SFT taught", adapter="none"),
-    Usual(("dpo",), "learning_rate", 1e-6, 2e-5, "preferences then hardly move the adapter",
+    Usual(("dpo", "kto"), "learning_rate", 1e-6, 2e-5, "preferences then hardly move the adapter",
           "preference training at this rate breaks the answers SFT taught", adapter="lora"),
-    Usual(("dpo",), "num_train_epochs", 1, 2, "part of the pairs is never seen",
+    Usual(("dpo", "kto", "simpo", "cpo"), "num_train_epochs", 1, 2, "part of the pairs is never seen",
           "more passes push both answers down and learn pairs by heart"),
     Usual(("grpo",), "num_generations", 8, 16, "a small group gives a noisy baseline, and more groups have no spread",
           "nearly all time goes into sampling", for_large_models=False),

@@ -12,6 +12,7 @@ from posttrain.settings.base import Positive, Section, Share
 from posttrain.settings.data import DatasetSettings
 from posttrain.settings.filters import FilterSettings
 from posttrain.settings.gate import GateSettings
+from posttrain.settings.hygiene import DecontaminateSettings, DedupSettings
 
 
 def full_or_adapter(full: float, adapter: float) -> Callable[[dict[str, Any]], float]:
@@ -34,7 +35,13 @@ class StageSettings(Section):
     max_drop_rate: Share = Field(default=0.05, description="more dropped rows than this share stop the stage")
 
     on_contamination: Literal["error", "drop"] = Field(
-        default="error", description="training rows that share 13 words in a row with an item of the gate's suite"
+        default="error", description="training rows that hold an item of the gate's suite, or of decontaminate.against"
+    )
+    decontaminate: DecontaminateSettings = DecontaminateSettings()
+    dedup: DedupSettings | None = Field(default=None, description="leave duplicates out; default: only count them")
+    on_conflict: Literal["report", "drop", "error"] = Field(
+        default="report",
+        description="rows whose labels contradict: a pair both ways, an answer rated good and bad, two gold answers",
     )
 
     filters: FilterSettings = FilterSettings()
