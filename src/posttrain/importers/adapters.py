@@ -26,7 +26,8 @@ def choose(job: Job, said: list[KeyPath], *, on: bool, four: list[KeyPath], eigh
     eight_bit = any(is_on(job.get(*at)) or job.get(*at) in (8, "8") for at in eight)
     wants_dora = is_on(job.get(dora))
     if not on:
-        job.draft.put("adapter", "none", _origin(job, said))
+        if said:
+            job.draft.put("adapter", "none", _origin(job, said))
         _settle(job, said, "none")
         job.not_needed([*four, *eight, (dora,)], FULL)
         return
@@ -63,7 +64,7 @@ def _settle(job: Job, keys: list[KeyPath], kind: str) -> None:
 
 def keys(job: Job, names: Mapping[str, str], defaults: Mapping[str, Any]) -> None:
     """`names`: their key: our key in `lora`. `defaults`: what the tool takes where the file is silent."""
-    if job.draft.value("adapter") == "none":
+    if job.draft.value("adapter", "none") == "none":
         job.not_needed([(key,) for key in names], FULL)
         return
     for theirs, ours in names.items():
@@ -80,7 +81,7 @@ def targets(job: Job, at: KeyPath, everything: tuple[str, ...]) -> None:
     """Adapted layers: a list, a comma list, or a word for all of them."""
     value = job.get(*at)
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-    if job.draft.value("adapter") == "none":
+    if job.draft.value("adapter", "none") == "none":
         job.not_needed([at], FULL)
     elif isinstance(value, str) and value in everything:
         job.move(at, "lora.target_modules", "all-linear")
@@ -92,7 +93,7 @@ def targets(job: Job, at: KeyPath, everything: tuple[str, ...]) -> None:
 
 def loraplus(job: Job, key: str) -> None:
     """LoRA+ is a switch and a ratio here."""
-    if job.draft.value("adapter") == "none":
+    if job.draft.value("adapter", "none") == "none":
         job.not_needed(key, FULL)
     elif job.number(key) and job.move((key,), "lora.loraplus_lr_ratio", remedy="A and B learn at one rate."):
         job.draft.lora["loraplus"] = Item(True, job.origin((key,)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from posttrain.importers import adapters, axolotl_data, rewards, templates, training
-from posttrain.importers.job import Job, Tables, by_reason
+from posttrain.importers.job import Job, Tables, by_reason, put_model
 from posttrain.importers.ledger import is_off, is_on
 from posttrain.recipe.yaml_lines import KeyPath
 
@@ -60,10 +60,11 @@ TABLES = Tables(
             "sequence_parallel_degree context_parallel_size tensor_parallel_size dp_shard_size heads_k_stride "
             "ring_attn_func use_ray ray_run_name",
             training.UPLOAD: "hub_model_id hub_strategy hub_revision push_dataset_to_hub push_to_hub",
-            training.MLFLOW: "wandb_project wandb_entity wandb_watch wandb_name wandb_run_id wandb_mode wandb_log_model "
+            training.MLFLOW: "wandb_project wandb_entity wandb_watch wandb_name wandb_run_id wandb_mode "
+            "wandb_log_model "
             "use_wandb use_mlflow mlflow_tracking_uri mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts "
             "use_comet comet_project_name comet_workspace use_tensorboard",
-            "the tokenizer is taken as it is: add tokens to the model's folder first, then name that folder.": "tokens "
+            "the tokenizer is taken as it is: add tokens to the model's folder first.": "tokens "
             "special_tokens added_tokens_overrides resize_token_embeddings_to_32x tokenizer_config eot_tokens "
             "fix_untrained_tokens shrink_embeddings mean_resizing_embeddings",
             "models that need their own Python code are not loaded.": "trust_remote_code",
@@ -81,9 +82,9 @@ TABLES = Tables(
             "plain LoRA only: it is neither restarted nor pruned.": "relora relora_steps relora_warmup_steps "
             "relora_anneal_steps relora_prune_ratio relora_prune_method relora_cpu_offload lisa_n_layers "
             "lisa_step_interval lisa_layers_attribute peft",
-            "quantised bases other than 4-bit NormalFloat are not trained on.": "gptq bnb_config_kwargs qat quantization "
+            "no such quantised bases are trained on.": "gptq bnb_config_kwargs qat quantization "
             "model_quantization_config fp8",
-            "the run does not stop early: load_best_model_at_end goes back to the best one.": "early_stopping_patience",
+            "nothing stops early; see load_best_model_at_end.": "early_stopping_patience",
             "there are no plug-ins.": "plugins",
             "models are not compiled.": "torch_compile torch_compile_backend torch_compile_mode",
             "remove copies first: posttrain data dedup.": "dataset_exact_deduplication",
@@ -91,7 +92,8 @@ TABLES = Tables(
             "checkpoints hold what resuming needs.": "save_only_model",
             "number of steps: set save_steps.": "saves_per_epoch",
             "rows carry their own system message: write it into the data.": "default_system_message",
-            "answers are judged by a gate: gate: {suite: …}.": "do_bench_eval bench_dataset bench_split eval_table_size "
+            "answers are judged by a gate: gate: {suite: …}.": "do_bench_eval bench_dataset bench_split "
+            "eval_table_size "
             "eval_max_new_tokens do_causal_lm_eval eval_causal_lm_metrics",
             "rows come in random order.": "curriculum_sampling",
             "positions are the model's own.": "use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks",
@@ -100,7 +102,8 @@ TABLES = Tables(
             "optim_target_modules adam_beta3 adam_epsilon2 torchdistx_path",
             "the last incomplete batch is trained on.": "dataloader_drop_last",
             "answers are sampled in the training process, without a server.": "vllm",
-            "the loss of the chosen answer is not added: see `posttrain schema`.": "rpo_alpha dpo_norm_loss",
+            "add the likelihood of the chosen answer: loss_type: [sigmoid, sft], with loss_weights.": "rpo_alpha",
+            "answers are compared by the sum over their tokens; loss_type: sigmoid_norm takes means.": "dpo_norm_loss",
             "no token is read from a recipe: use the HF_TOKEN environment variable.": "hf_use_auth_token",
         }
     ),
@@ -121,7 +124,7 @@ TABLES = Tables(
 
 def convert(job: Job) -> None:
     """Fill the draft from the ledger."""
-    job.move_top(("base_model",), "model", job.get("base_model"))
+    put_model(job, "base_model")
     axolotl_data.convert(job)
     _lengths(job)
     _adapter(job)
@@ -143,12 +146,9 @@ def _lengths(job: Job) -> None:
     if how is None:
         job.add("on_overflow", "drop", "Axolotl drops longer rows")
     else:
-        job.move(("excess_length_strategy",), "on_overflow", {"raise": "error"}.get(how, how))
+        job.move(("excess_length_strategy",), "on_overflow", "error" if how == "raise" else how)
     per_answer = rewards.group_size(job, ("trl",)) if job.draft.method == "grpo" else 1
-    if job.processes is None and job.ledger.says("world_size"):
-        job.processes = int(job.number("world_size", default=1) or 1)
-        job.ledger.carried(("world_size",), "per_device_train_batch_size", job.processes)
-    job.not_needed("world_size", "--processes says it")
+    training.processes(job, "world_size")
     training.batch(
         job,
         "micro_batch_size",
@@ -168,7 +168,7 @@ def _adapter(job: Job) -> None:
         job.lost("adapter", f"there is no adapter {kind}; the recipe takes lora.")
         said = []
     adapters.choose(job, said, on=bool(kind), four=four, eight=[("load_in_8bit",)], dora="peft_use_dora")
-    if is_on(job.get("lora_target_linear")) and job.draft.value("adapter") != "none":
+    if is_on(job.get("lora_target_linear")) and job.draft.value("adapter", "none") != "none":
         job.move(("lora_target_linear",), "lora.target_modules", "all-linear")
         job.not_needed("lora_target_modules", "lora_target_linear names every linear layer")
     elif job.ledger.says("lora_target_modules"):
@@ -235,7 +235,11 @@ def _preference(job: Job) -> None:
             job.move((key,), "beta")
         else:
             job.not_needed(key, f"{method} does not read it" if key != alpha else "another key says it")
-    beta = job.number("rl_beta")
+    if not job.draft.has("beta") and method not in ("sft", "grpo"):
+        if job.ledger.says("trl", "beta"):
+            job.move(("trl", "beta"), "beta")
+        job.add("beta", 0.1, "Axolotl's default")
+    beta = job.draft.value("beta")
     gamma = job.number("simpo_gamma")
     if gamma is not None and method == "simpo":
         job.move(("simpo_gamma",), "gamma_beta_ratio", gamma / beta if beta else gamma)
@@ -253,6 +257,8 @@ def _preference(job: Job) -> None:
         else:
             job.move((theirs,), ours)
     job.not_needed("simpo_gamma", f"{method} does not read it")
+    for ours in {"kto": ("desirable_weight", "undesirable_weight"), "simpo": ("cpo_alpha",)}.get(method, ()):
+        job.add(ours, 1.0, "Axolotl's default")
     if method == "grpo":
         return
     if isinstance(job.get("trl"), dict):

@@ -7,7 +7,7 @@ from typing import Any
 from posttrain.importers import templates
 from posttrain.importers.draft import Item, dataset_fits
 from posttrain.importers.job import Job, is_file, new_dataset, put_columns, put_dataset, put_hub_key
-from posttrain.importers.ledger import is_off
+from posttrain.importers.ledger import is_off, section
 from posttrain.recipe.yaml_lines import KeyPath
 
 Entry = dict[str, Item]
@@ -49,15 +49,18 @@ ENTRY_LOST = {
     "logprobs_field": "there is no distillation from stored probabilities.",
     "temperature": "there is no distillation from stored probabilities.",
     "skip": "cut the file.",
-    "weight": "set weight where this version has it.",
+    "weight": "give each data set its share with limit.",
 }
 ENTRY_UNNEEDED = {
     "ds_type": "the file's name says its type",
     "preprocess_shards": "rows stream",
     "conversation": "the chat template writes the conversation",
-    "trust_remote_code": "is off",
-    "chat_template": "the recipe has one chat template",
 }
+ENTRY_KNOWN = frozenset(
+    "path type name split revision data_files chat_template field field_messages field_tools field_chosen "
+    "field_rejected text_column message_property_mappings message_field_role message_field_content "
+    "message_field_training roles roles_to_train chat_template_jinja field_human field_model".split()
+)
 
 
 def convert(job: Job) -> None:
@@ -97,16 +100,20 @@ def _entry(job: Job, at: KeyPath, given: Any, *, held_out: bool, plain: bool) ->
         _type(job, at, given, entry, plain)
     for other in entries[1:]:  # more files of one entry are read alike
         other |= {key: item for key, item in entries[0].items() if key != "path"}
-    for key in [path[-1] for path in job.ledger.open_keys() if path[: len(at)] == at and len(path) == len(at) + 1]:
-        where: KeyPath = (*at, key)
+    for where in [path for path in job.ledger.open_keys() if path[: len(at)] == at and len(path) > len(at)]:
+        key = str(where[len(at)])
+        if key not in ENTRY_LOST and key not in ENTRY_UNNEEDED and key not in ENTRY_KNOWN:
+            continue
         if is_off(job.get(*where)):
             job.ledger.not_needed(where, "is off")
         elif key == "chat_template":
             templates.named(job, where, str(job.get(*where)))
-        elif key in ENTRY_UNNEEDED and key not in ENTRY_LOST:
-            job.ledger.not_needed(where, ENTRY_UNNEEDED[str(key)])
-        elif key in ENTRY_LOST:
-            job.ledger.lost(where, ENTRY_LOST[str(key)])
+        elif key in ENTRY_UNNEEDED:
+            job.ledger.not_needed(where, ENTRY_UNNEEDED[key])
+        else:
+            job.ledger.lost(
+                where, ENTRY_LOST.get(key, f"a data set of type {given.get('type')} does not read it here.")
+            )
 
 
 def _files(job: Job, at: KeyPath, given: dict[str, Any], held_out: bool) -> list[Entry]:
@@ -185,7 +192,7 @@ def _text(job: Job, at: KeyPath, given: dict[str, Any], entry: Entry, column: st
 
 def _conversation(job: Job, at: KeyPath, given: dict[str, Any], entry: Entry, base: str) -> None:
     """Messages with role and content, or with from and value."""
-    mapping = given.get("message_property_mappings") or {}
+    mapping = section(given.get("message_property_mappings"))
     role = str(mapping.get("role") or given.get("message_field_role") or ("from" if base == "sharegpt" else "role"))
     content = str(mapping.get("content") or given.get("message_field_content") or "")
     form, column = ("sharegpt", "conversations") if role == "from" else ("messages", "messages")
@@ -210,11 +217,11 @@ def _conversation(job: Job, at: KeyPath, given: dict[str, Any], entry: Entry, ba
             job.not_needed([(*at, "message_field_training")], "train: false on a message is read")
         job.ledger.lost((*at, "message_field_training"), "rename that key of the messages to train.")
     trained = given.get("roles_to_train")
-    if trained is not None and set(trained) <= {"assistant", "gpt"}:
+    if isinstance(trained, list) and all(role in ("assistant", "gpt") for role in trained):
         job.not_needed([(*at, "roles_to_train")], "only answers carry loss")
     elif trained is not None:
         job.ledger.lost((*at, "roles_to_train"), "only the assistant's messages carry loss.")
-    for name in given.get("roles") or {}:
+    for name in section(given.get("roles")):
         job.ledger.lost(
             (*at, "roles", name), "roles are user, assistant, system and tool, or human and gpt: rename others."
         )
@@ -230,7 +237,7 @@ def _with(entry: Entry, ours: str, theirs: str, at: KeyPath) -> dict[str, tuple[
 def _pairs(job: Job, at: KeyPath, given: dict[str, Any], entry: Entry, kind: str) -> None:
     where: KeyPath = (*at, "type")
     base, _, variant = kind.partition(":")[0].rpartition(".")
-    if base == "chat_template" and variant == "default" or kind == "chat_template":
+    if (base == "chat_template" and variant == "default") or kind == "chat_template":
         columns: dict[str, tuple[str, KeyPath]] = {}
         for ours, key, usual in (
             ("prompt", "field_messages", "messages"),

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from posttrain.recipe.faults import violations
 from posttrain.recipe.yaml_lines import key_name, read_yaml
-from posttrain.settings import METHODS, DatasetSettings, RecipeSettings, Section
+from posttrain.settings import METHODS, DatasetSettings, LoraSettings, RecipeSettings, Section
 
 STAND_INS = {"datasets": [{"path": "x"}], "rewards": ["x"], "name": "x", "model": "x", "path": "x"}
 PLAIN = re.compile(r"[A-Za-z0-9_./~][\w./@:~+-]*")
@@ -100,6 +100,12 @@ def _spellings(value: Any) -> list[Any]:
     return spellings
 
 
+def _sorted(items: Mapping[str, Item], model: type[Section]) -> dict[str, Item]:
+    """In the order of the settings, which is the order recipes are read in."""
+    order = list(model.model_fields)
+    return dict(sorted(items.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
 def text_of(draft: Draft, head: str, foot: str) -> str:
     """The recipe as YAML; a comment beside each value says where it came from."""
     lines = [*_comment(head), *_keys(draft.top, ""), "stages:", f"  - {draft.method}:"]
@@ -108,11 +114,12 @@ def text_of(draft: Draft, head: str, foot: str) -> str:
         if entries:
             lines.append(f"{indent}{name}:")
         for entry in entries:
-            first, *others = _keys(entry, "")
+            first, *others = _keys(_sorted(entry, DatasetSettings), "")
             lines += [f"{indent}  - {first}", *(f"{indent}    {line}" for line in others)]
-    lines += _keys(draft.stage, indent)
-    if draft.lora:
-        lines += [f"{indent}lora:", *_keys(draft.lora, indent + "  ")]
+    for key, item in _sorted(draft.stage, METHODS[draft.method]).items():
+        lines += _keys({key: item}, indent)
+        if key == "adapter" and draft.lora:
+            lines += [f"{indent}lora:", *_keys(_sorted(draft.lora, LoraSettings), indent + "  ")]
     return "\n".join([*lines, *_comment(foot)]) + "\n"
 
 

@@ -105,6 +105,8 @@ class Job:
                 self.lost([path], tables.missing[key])
             elif key in tables.known and self.get(*path) is None:
                 self.ledger.not_needed(path, "is empty")
+            elif len(path) == 1 and key in tables.handled:
+                self.lost([path], f"{self.draft.method} stages do not read it, or not with this value.")
             else:
                 what = f"not a key of {self.tool} that this importer knows"
                 self.ledger.lost(path, f"{what}. See `posttrain schema` for what a recipe may hold.")
@@ -151,12 +153,28 @@ def hub_is_read() -> bool:
 
 def place(job: Job, path: str, folders: tuple[Path, ...] | None = None) -> tuple[str, bool]:
     """The path as the recipe must write it, and whether it names a data set of the Hub rather than a file."""
-    for folder in folders or job.folders:
-        found = folder / Path(path).expanduser()
-        if found.exists():
-            return (path if Path(path).is_absolute() else _relative(found, job.out_folder)), False
-    looks_local = path.startswith((".", "/", "~")) or ROWS_FILE.fullmatch(path) is not None
-    return path, not looks_local and HUB_NAME.fullmatch(path) is not None
+    if path.startswith("~") or Path(path).is_absolute():
+        return path, False
+    candidates = [folder / path for folder in folders or job.folders]
+    found = next((candidate for candidate in candidates if candidate.exists()), None)
+    if found is None and (path.startswith(".") or ROWS_FILE.fullmatch(path)):
+        found = candidates[0]  # where the tool would look; `check` will say that it is not there
+    if found is not None:
+        return _relative(found, job.out_folder), False
+    return path, HUB_NAME.fullmatch(path) is not None
+
+
+def put_model(job: Job, key: str) -> None:
+    """A folder on disk, written so that it is read as one, or a model of the Hub."""
+    model = job.get(key)
+    if not isinstance(model, str):
+        job.lost(key, "set model in the recipe.")
+        return
+    folder = next((folder / model for folder in job.folders if (folder / model).is_dir()), None)
+    if folder is not None and not model.startswith(("/", "~")):
+        near = _relative(folder, job.out_folder)
+        model = near if near.startswith(".") else f"./{near}"
+    job.move_top((key,), "model", model)
 
 
 def _relative(found: Path, folder: Path) -> str:

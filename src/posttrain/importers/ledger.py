@@ -9,7 +9,19 @@ from typing import Any
 from posttrain.recipe.views import leaves
 from posttrain.recipe.yaml_lines import KeyPath, key_name
 
-OFF = (None, False, 0, "", "no", "none", "null", "false", "off", [], {})  # how configurations say that something is off
+OFF: tuple[Any, ...] = (
+    None,
+    False,
+    0,
+    "",
+    "no",
+    "none",
+    "null",
+    "false",
+    "off",
+    [],
+    {},
+)  # how configurations say that something is off
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,11 @@ def is_off(value: Any) -> bool:
 def is_on(value: Any) -> bool:
     """Whether a switch is on. Other tools read YAML 1.1, in which yes and on are true."""
     return value is True or (isinstance(value, str) and value.lower() in ("true", "yes", "on", "y", "auto"))
+
+
+def section(value: Any) -> dict[str, Any]:
+    """A section of keys; whatever else stands there has none."""
+    return value if isinstance(value, dict) else {}
 
 
 class Ledger:

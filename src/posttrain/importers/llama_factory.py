@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from posttrain.importers import adapters, llama_factory_data, templates, training
-from posttrain.importers.job import Job, Tables, by_reason
+from posttrain.importers.job import Job, Tables, by_reason, put_model
 from posttrain.importers.ledger import is_off, is_on
 from posttrain.recipe.yaml_lines import KeyPath
 
@@ -21,7 +21,8 @@ TABLES = training.TRAINER | Tables(
             "kernels are chosen for the machine": "use_unsloth use_unsloth_gc enable_liger_kernel use_v1_kernels "
             "use_kv_cache",
             "trained weights are kept in float32": "upcast_layernorm upcast_lmhead_output pure_bf16",
-            "tokenizers are read as the model's folder says": "use_fast_tokenizer split_special_tokens low_cpu_mem_usage",
+            "tokenizers are read as the model's folder says": "use_fast_tokenizer split_special_tokens "
+            "low_cpu_mem_usage",
             "every step's figures go to metrics.jsonl": "include_effective_tokens_per_second print_param_status "
             "compute_accuracy",
             "recomputation is set up by gradient_checkpointing alone": "use_reentrant_gc",
@@ -66,10 +67,9 @@ TABLES = training.TRAINER | Tables(
             "ref_model_adapters ref_model_quantization_bit",
             "write what the loss is to be in loss_type; see posttrain schema.": "pref_bco_weight use_dft_loss "
             "use_eaft_loss use_asft_loss",
-            "add the likelihood of the chosen answer with loss_type: [sigmoid, sft] and loss_weights, where this "
-            "version has them.": "pref_ftx",
+            "add the likelihood of the chosen answer: loss_type: [sigmoid, sft], with loss_weights.": "pref_ftx",
             "rows come in random order.": "disable_shuffling",
-            "the run does not stop early: load_best_model_at_end goes back to the best one.": "early_stopping_steps",
+            "nothing stops early; see load_best_model_at_end.": "early_stopping_steps",
             "calls of tools are written by the chat template.": "tool_format",
             "write the reasoning into the messages, or leave it out of them.": "enable_thinking reasoning_effort",
             "rows carry their own system message: write it into the data.": "default_system",
@@ -84,7 +84,7 @@ TABLES = training.TRAINER | Tables(
         }
     ),
     handled=frozenset(
-        "model_name_or_path stage finetuning_type template dataset eval_dataset dataset_dir cutoff_len max_samples "
+        "model_name_or_path stage finetuning_type template dataset eval_dataset cutoff_len max_samples "
         "mix_strategy interleave_probs streaming val_size train_on_prompt mask_history lora_rank lora_alpha "
         "lora_dropout lora_target additional_target use_rslora use_dora pissa_init pissa_iter loraplus_lr_ratio "
         "create_new_adapter quantization_bit pref_beta pref_loss dpo_label_smoothing kto_chosen_weight "
@@ -95,7 +95,7 @@ TABLES = training.TRAINER | Tables(
 
 def convert(job: Job) -> None:
     """Fill the draft from the ledger."""
-    job.move_top(("model_name_or_path",), "model", job.get("model_name_or_path"))
+    put_model(job, "model_name_or_path")
     if job.ledger.says("stage"):
         job.ledger.carried(("stage",), "stages", job.draft.method)
     llama_factory_data.convert(job)

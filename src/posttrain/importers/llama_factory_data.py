@@ -6,7 +6,7 @@ from typing import Any
 
 from posttrain.importers.draft import Item, dataset_fits
 from posttrain.importers.job import Job, new_dataset, put_columns, put_dataset, put_hub_key
-from posttrain.importers.ledger import is_off, is_on
+from posttrain.importers.ledger import is_off, is_on, section
 from posttrain.recipe.yaml_lines import KeyPath
 
 INFO = "dataset_info.json"
@@ -72,7 +72,7 @@ def _entry(job: Job, key: str, name: str, held_out: bool) -> None:
     put_hub_key(job, entry, (*at, "split"), "split")
     job.lost([(*at, "folder")], "name the files in that folder.")
     if info.get("num_samples"):
-        put_dataset(job, entry, (*at, "num_samples"), "limit", int(info["num_samples"]))
+        put_dataset(job, entry, (*at, "num_samples"), "limit", info["num_samples"])
     _limit(job, entry)
     _format(job, at, info, entry)
 
@@ -88,7 +88,7 @@ def _limit(job: Job, entry: Entry) -> None:
 
 def _format(job: Job, at: KeyPath, info: dict[str, Any], entry: Entry) -> None:
     sharegpt = info.get("formatting") in ("sharegpt", "openai")
-    given = info.get("columns") or {}
+    given = section(info.get("columns"))
     ranking, tag = is_on(info.get("ranking")), given.get("kto_tag")
     if ranking:
         job.ledger.carried((*at, "ranking"), "datasets.format", "preference")
@@ -102,33 +102,27 @@ def _format(job: Job, at: KeyPath, info: dict[str, Any], entry: Entry) -> None:
 
 
 def _alpaca(job: Job, at: KeyPath, info: dict[str, Any], entry: Entry, ranking: bool, tag: Any) -> None:
-    given = info.get("columns") or ({} if ranking or tag else ALPACA)
-    said = lambda key: (*at, "columns", key) if info.get("columns") else ()  # noqa: E731
-    prompt, query, answer = (given.get(key) for key in ("prompt", "query", "response"))
-    columns: Columns = {}
+    written = section(info.get("columns"))
+    given = written or ({} if ranking or tag else ALPACA)
+    query = given.get("query")
     if ranking:
-        form = "preference"
-        columns = {"prompt": (prompt or "instruction", said("prompt") if prompt else ())}
-        for side in ("chosen", "rejected"):
-            columns[side] = (given.get(side) or side, said(side) if given.get(side) else ())
+        form, names = "preference", {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+        given = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected", **given}
     elif tag:
-        form = "unpaired"
-        columns = {"prompt": (prompt, said("prompt")), "completion": (answer, said("response"))}
-        columns["label"] = (tag, said("kto_tag"))
+        form, names = "unpaired", {"prompt": "prompt", "completion": "response", "label": "kto_tag"}
     elif job.get("stage") == "pt":
-        form, columns = "text", {"text": (prompt, said("prompt"))}
+        form, names = "text", {"text": "prompt"}
     elif query and dataset_fits("format", "alpaca"):
-        form = "alpaca"
-        columns = {"instruction": (prompt, said("prompt")), "output": (answer, said("response"))}
-        columns["input"] = (query, said("query"))
+        form, names = "alpaca", {"instruction": "prompt", "input": "query", "output": "response"}
     else:
-        form, columns = (
-            "prompt_completion",
-            {"prompt": (prompt, said("prompt")), "completion": (answer, said("response"))},
-        )
-        if query and not info.get("columns"):
+        form, names = "prompt_completion", {"prompt": "prompt", "completion": "response"}
+        if query and not written:
             job.note(f"{entry['path'].value}: the column input is not read; join it with instruction first.")
-    _write(job, at, entry, form, {ours: pair for ours, pair in columns.items() if pair[0]})
+    columns: Columns = {}
+    for ours, theirs in names.items():
+        if given.get(theirs):
+            columns[ours] = (str(given[theirs]), (*at, "columns", theirs) if written.get(theirs) else ())
+    _write(job, at, entry, form, columns)
     job.lost([(*at, "columns", "query")], "join that column with the prompt, or write rows as messages.")
     job.lost([(*at, "columns", "history")], HISTORY)
     job.lost([(*at, "columns", "response")], "a text has no answer column: join the columns.")
@@ -137,7 +131,7 @@ def _alpaca(job: Job, at: KeyPath, info: dict[str, Any], entry: Entry, ranking: 
 
 
 def _sharegpt(job: Job, at: KeyPath, info: dict[str, Any], entry: Entry, ranking: bool, tag: Any) -> None:
-    given, tags = info.get("columns") or {}, info.get("tags") or {}
+    given, tags = section(info.get("columns")), section(info.get("tags"))
     messages = given.get("messages") or "conversations"
     where: KeyPath = (*at, "columns", "messages") if given.get("messages") else ()
     openai = info.get("formatting") == "openai"
@@ -197,7 +191,10 @@ def _beside(job: Job, where: KeyPath, key: str, entry: Entry) -> None:
 
 def _mixture(job: Job) -> None:
     how = job.get("mix_strategy")
-    shares = [float(part) for part in names_in(job.get("interleave_probs"))] if job.get("interleave_probs") else []
+    try:
+        shares = [float(part) for part in names_in(job.get("interleave_probs"))]
+    except ValueError:
+        shares = []
     fits = dataset_fits("weight", 1.0) and len(shares) == len(job.draft.datasets) > 1
     if how == "interleave_under" and fits:
         for entry, share in zip(job.draft.datasets, shares, strict=True):
@@ -206,11 +203,9 @@ def _mixture(job: Job) -> None:
         job.ledger.carried(("interleave_probs",), "datasets.weight", shares)
     if how == "concat":
         job.not_needed("mix_strategy", "all rows of all data sets are used")
-    job.lost(
-        "mix_strategy interleave_probs", "no row is used twice: give each data set its share with limit or weight."
-    )
+    job.lost("mix_strategy interleave_probs", "no row is used twice: give each data set its share with limit.")
     if is_on(job.get("streaming")):
-        job.lost("streaming", "set streaming and revision on each data set of the Hub, where this version has them.")
+        job.lost("streaming", "save the rows that are wanted as .jsonl, or name the data set in full.")
     job.not_needed("streaming", "is off")
 
 

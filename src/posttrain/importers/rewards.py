@@ -100,7 +100,7 @@ def _lengths(job: Job, section: KeyPath) -> None:
 def _rewards(job: Job, section: KeyPath) -> None:
     at: KeyPath = (*section, "reward_funcs")
     names = job.get(*at, default=[])
-    names = [names] if isinstance(names, str) else names
+    names = names if isinstance(names, list) else [names]
     weights = job.get(*section, "reward_weights")
     weights = weights if isinstance(weights, list) and len(weights) == len(names) else [1.0] * len(names)
     known, unknown = [], []

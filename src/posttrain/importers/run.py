@@ -49,7 +49,10 @@ TOOLS = {
     "trl": Tool(
         "TRL",
         (("model_name_or_path",), ("dataset_name", "datasets")),
-        frozenset({"dataset_name", "dataset_config", "use_peft", "reward_funcs", "dataset_text_field"}),
+        frozenset(
+            "dataset_name dataset_config use_peft reward_funcs dataset_text_field max_length max_prompt_length "
+            "loss_type beta num_generations max_completion_length assistant_only_loss completion_only_loss".split()
+        ),
         trl.TABLES,
         trl.convert,
     ),
@@ -82,7 +85,7 @@ def import_file(
     _refuse_others(tool, document, shown)
     ours = _method(tool, document, shown, method)
     data = dict(document.data)
-    folders = (Path.cwd(), file.absolute().parent)
+    folders: tuple[Path, ...] = (Path.cwd(), file.absolute().parent)
     if tool == "llama-factory":
         info, beside = _described(data, folders)
         data |= info

@@ -1,4 +1,4 @@
-"""What the tools share: batch, schedule, precision, optimiser and evaluation, mostly as Hugging Face's trainers name them."""
+"""What the tools share: batch, schedule, precision, optimiser, evaluation, as transformers' trainers name them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ TRAINER = Tables(
             "no noise is added to embeddings.": "neftune_noise_alpha",
             "targets are not smoothed.": "label_smoothing_factor",
             "models are not compiled.": "torch_compile torch_compile_backend torch_compile_mode",
-            "the run does not stop early: load_best_model_at_end goes back to the best checkpoint.": "early_stopping_patience",
+            "nothing stops early; see load_best_model_at_end.": "early_stopping_patience",
             "checkpoints hold what resuming needs.": "save_only_model",
             "the last incomplete batch is trained on.": "dataloader_drop_last",
             "only AdamW is used; its settings are adam_beta1, adam_beta2, adam_epsilon.": "optim_args adafactor "
@@ -119,10 +119,20 @@ def batch(job: Job, per: str, accumulate: str, default: int, *, total: str = "",
         job.note(f"{step} answers a step are no whole number of groups of {group}; the recipe takes {value} prompts.")
     if packed:
         job.note(
-            f"with packing a row of {job.tool} is a block of many examples; here a row is one example. A step there learnt "
-            f"from about {step} × {job.draft.value('max_length', 2048)} tokens: divide by the mean length of your "
-            "examples, and raise per_device_train_batch_size to that."
+            f"with packing a row of {job.tool} is a block of many examples; here a row is one example. A step there "
+            f"learnt from about {step} × {job.draft.value('max_length', 2048)} tokens: divide by the mean length of "
+            "your examples, and raise per_device_train_batch_size to that."
         )
+
+
+def processes(job: Job, key: str) -> None:
+    """Take the number of processes from the file where the command line does not say it."""
+    count = job.number(key)
+    if job.processes is not None or count is None or count < 1:
+        job.not_needed(key, "--processes says it" if job.processes else "it says no number")
+    else:
+        job.processes = int(count)
+        job.ledger.carried((key,), "per_device_train_batch_size", f"× {job.processes}")
 
 
 def duration(job: Job, epochs: str, default_epochs: float) -> None:
@@ -159,7 +169,7 @@ def _end_of_schedule(job: Job, name: str) -> None:
         if option == "min_lr_rate" and "min_lr" in name:
             job.move(at, "min_lr_ratio", lowest)
         elif option == "min_lr" and "min_lr" in name and rate and lowest is not None:
-            job.move(at, "min_lr_ratio", lowest / rate)
+            job.move(at, "min_lr_ratio", round(lowest / rate, 9))
         else:
             job.lost([at], "schedules have one option here: min_lr_ratio.")
 

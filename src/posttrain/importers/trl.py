@@ -6,7 +6,17 @@ from typing import Any
 
 from posttrain.importers import adapters, rewards, templates, training
 from posttrain.importers.draft import Item, dataset_fits
-from posttrain.importers.job import Job, Tables, by_reason, is_file, new_dataset, put_columns, put_dataset, put_hub_key
+from posttrain.importers.job import (
+    Job,
+    Tables,
+    by_reason,
+    is_file,
+    new_dataset,
+    put_columns,
+    put_dataset,
+    put_hub_key,
+    put_model,
+)
 from posttrain.importers.ledger import is_off, is_on
 from posttrain.recipe.yaml_lines import KeyPath
 
@@ -35,7 +45,7 @@ SAME_PREFERENCE = (
     "desirable_weight undesirable_weight simpo_gamma cpo_alpha alpha".split()
 )
 TABLES = training.TRAINER | Tables(
-    same={"dataset_num_proc": "dataset_num_proc", "mask_truncated_completions": "mask_truncated_completions"},
+    same={"dataset_num_proc": "dataset_num_proc"},
     unneeded=by_reason(
         {
             training.NO_PADDING: "packing packing_strategy eval_packing padding_free pad_to_multiple_of "
@@ -44,8 +54,9 @@ TABLES = training.TRAINER | Tables(
             training.LOADING: "dataset_batch_size precompute_ref_batch_size",
             "dtype says what a pass computes in; trained weights are kept in float32": "dtype torch_dtype",
             "it changes how TRL runs, not what is learnt": "ignore_bias_buffers gradient_checkpointing_use_reentrant "
-            "activation_offloading use_logits_to_keep padding_side generate_during_eval use_liger_loss env sanity_check "
-            "disable_dropout bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage rpo_alpha_unused "
+            "activation_offloading use_logits_to_keep padding_side generate_during_eval use_liger_loss env "
+            "sanity_check "
+            "disable_dropout bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage "
             "model_adapter_name ref_adapter_name lora_task_type num_machines machine_rank main_process_port "
             "shuffle_dataset project trackio_space_id",
             "the token that ends an answer is the template's": "eos_token",
@@ -58,16 +69,15 @@ TABLES = training.TRAINER | Tables(
             "the model is taken as its config.json says: change that file.": "model_init_kwargs",
             "rows are always prepared from text.": "dataset_kwargs",
             training.ONE_PROCESS: "use_deepspeed use_fsdp multi_gpu distributed_type mixed_precision",
-            "the loss of the chosen answer is added with loss_type: [sigmoid, sft], where this version has it.": "rpo_alpha",
+            "add the likelihood of the chosen answer: loss_type: [sigmoid, sft], with loss_weights.": "rpo_alpha",
             "a reference is always used: see simpo for a method without one.": "reference_free",
             "the reference is the model the stage starts from.": "force_use_ref_model ref_model_init_kwargs",
-            "every expert is adapted as a linear layer, or name layers in lora.target_modules.": "lora_target_parameters",
+            "adapters go on layers: name them in lora.target_modules.": "lora_target_parameters",
             "prompts are never cut: max_length bounds prompt and answer together.": "max_prompt_length",
             "rows end in one bucket: on_overflow cuts at the end.": "truncation_mode",
             "answers are bounded by max_length.": "max_completion_length",
             "there is no share to hold out here: posttrain data split makes two files.": "test_split_size",
-            "set streaming and revision on each data set of the Hub, where this version has them.": "dataset_streaming "
-            "streaming",
+            "save the rows that are wanted as .jsonl, or name the data set in full.": "dataset_streaming streaming",
         }
     ),
     handled=frozenset(
@@ -77,7 +87,8 @@ TABLES = training.TRAINER | Tables(
         "load_in_4bit load_in_8bit num_processes loss_type".split()
     )
     | frozenset(SAME_PREFERENCE)
-    | rewards.KEYS,
+    | rewards.KEYS
+    - frozenset("disable_dropout shuffle_dataset use_liger_loss max_completion_length max_prompt_length".split()),
 )
 
 
@@ -93,16 +104,12 @@ def method_of(data: dict[str, Any], file_stem: str) -> str:
 def convert(job: Job) -> None:
     """Fill the draft from the ledger."""
     method = job.draft.method
-    if job.ledger.says("model_name_or_path"):
-        job.move_top(("model_name_or_path",), "model", job.get("model_name_or_path"))
+    put_model(job, "model_name_or_path")
     _datasets(job)
     if method != "grpo":
         _length(job)
     _adapter(job)
-    if job.processes is None and job.ledger.says("num_processes"):
-        job.processes = int(job.number("num_processes", default=1) or 1)
-        job.ledger.carried(("num_processes",), "per_device_train_batch_size", job.processes)
-    job.not_needed("num_processes", "--processes says it")
+    training.processes(job, "num_processes")
     rate = {"sft": 2e-5, "grpo": 1e-6}.get(method, 1e-6)
     if not job.ledger.says("learning_rate"):
         job.add("learning_rate", rate, "TRL's default")
@@ -226,7 +233,8 @@ def _what_is_learnt(job: Job) -> None:
         elif value is not None and key == "completion_only_loss" and not only:
             job.move((key,), "loss_on", "all", remedy="prompts never carry loss here, except in rows of plain text.")
         job.not_needed(key, "is off")
-    if not only:
+    plain = all("format" in entry and entry["format"].value == "text" for entry in job.draft.datasets)
+    if not only and not plain:
         how = "To learn whole conversations as TRL does, set loss_on: all." if newer else ""
         job.note(
             f"without assistant_only_loss TRL learns the prompts of conversations too; here answers only. {how}".strip()
