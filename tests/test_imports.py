@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 PACKAGE = SOURCE / "posttrain"
 
 LEVELS = [
-    {"errors", "intervals", "records", "settings", "paths", "recipe", "reporting", "seeds"},
+    {"errors", "intervals", "network", "records", "settings", "paths", "recipe", "reporting", "seeds"},
     {"data", "models", "losses", "rewards", "registry", "importers"},
     {"rollout", "train"},
     {"methods", "gate"},
@@ -36,6 +36,9 @@ TORCH_FREE = [
     "posttrain.seeds",
     "posttrain.recipe",
     "posttrain.importers",
+    "posttrain.data.prepare",
+    "posttrain.data.worker",
+    "posttrain.data.whereabouts",
     "posttrain.cli",
     "posttrain.cli.app",
 ]
