@@ -42,7 +42,7 @@ RowOption = Annotated[str | None, typer.Option("--row", metavar="ID", help="This
 KIND_OF = {
     "sft": "example",
     "dpo": "pair",
-    "kto": "pair",
+    "kto": "judged",
     "simpo": "pair",
     "cpo": "pair",
     "orpo": "pair",

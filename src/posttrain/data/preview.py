@@ -10,10 +10,7 @@ from posttrain.data.job import KINDS, Job
 from posttrain.data.ledger import Bucket
 from posttrain.data.length import fit, length
 from posttrain.data.render import Renderer
-from posttrain.records import Branch, Row, Tree
-
-# The names of a pair's branches; those of a conversation are numbered.
-SIDES = {"pair": ("chosen", "rejected")}
+from posttrain.records import Branch, Pair, Row, Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +47,8 @@ def show(renderer: Renderer, job: Job, row: Row) -> Shown:
     elif entry.bucket is Bucket.TRUNCATED and kept is not None and _n_open(renderer, kept):
         fate += f"; {_n_open(renderer, kept)} of {len(kept.branches)} answers stay open"
     seen = kept or tree
-    names = SIDES.get(job.kind) or tuple(f"answer {i + 1}" for i in range(len(seen.branches)))
+    numbers = tuple(f"answer {i + 1}" for i in range(len(seen.branches)))
+    names = ("chosen", "rejected") if isinstance(row, Pair) else numbers
     return Shown(
         id=tree.id,
         fate=fate,
