@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,8 @@ class StageRun:
     @property
     def options(self) -> LoadOptions:
         s = self.settings
-        return LoadOptions(s.dtype, s.forest, s.adapter != "none", s.gradient_checkpointing)
+        frozen = s.adapter != "none" and not s.lora.modules_to_save
+        return LoadOptions(s.dtype, s.forest, frozen, gradient_checkpointing=s.gradient_checkpointing)
 
     def say(self, text: str) -> None:
         self.run.reporter.line(f"{self.key}: {text}")
@@ -148,16 +149,18 @@ def _train_and_save(sr: StageRun) -> None:
     with writing(sr.place.directory):
         sr.place.directory.mkdir(parents=True, exist_ok=True)
     sr.say(f"starts from {sr.parent.ref}")
-    policy = load_policy(sr.parent.source, sr.options)
+    policy = load_policy(sr.parent.source, replace(sr.options, quantised=s.adapter == "qlora"))
     renderer = _renderer(sr, policy)
     _refuse_other_template(sr.parent, renderer)
     for note in policy.notes:
         sr.say(note)
-    started_from = weights_fingerprint(policy)
-    if sr.suite is not None:  # while the parent is loaded; its answers are needed for the verdict
+    # While the parent is loaded, and not in 4 bits: the verdict needs its answers.
+    if sr.suite is not None and s.adapter != "qlora":
         sr.answers(sr.suite).of_loaded(policy, renderer, sr.parent.fingerprint, str(sr.parent.ref))
-    if s.adapter == "lora":
-        add_lora(policy, s.lora, seed=derive_seed(sr.seed, "adapter"))
+    if s.adapter != "none":
+        for line in add_lora(policy, s.lora, seed=derive_seed(sr.seed, "adapter"), kind=s.adapter).lines():
+            sr.say(line)
+    started_from = weights_fingerprint(policy, merged=True)
     recipe = sr.run.recipe
     method = MethodStage(
         policy,
@@ -172,7 +175,7 @@ def _train_and_save(sr: StageRun) -> None:
     result = METHODS[sr.stage.method](method, s)
 
     def save(directory: Path) -> None:
-        save_policy(policy, directory, stop_token_ids=renderer.stop_token_ids)
+        save_policy(policy, directory, stop_token_ids=renderer.stop_token_ids, base=str(sr.parent.ref))
         for ledger in filter(Path.exists, (sr.place.directory / ROWS, sr.place.directory / EVALUATION_ROWS)):
             shutil.copyfile(ledger, directory / ledger.name)
         _prove_saved(sr, policy, directory, started_from)
