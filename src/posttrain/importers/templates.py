@@ -20,7 +20,7 @@ def named(job: Job, at: KeyPath, name: str) -> None:
         job.move_top(at, "chat_template", CHATML)
         job.note("the chatml template needs <|im_end|> as a token of the model's tokenizer; `posttrain run` checks it.")
     elif name == "tokenizer_default" or fallback or any(name.startswith(family) for family in FAMILIES):
-        job.ledger.not_needed(at, "the tokenizer's own template is used")
+        job.ledger.not_needed(at, "the tokenizer's own template is used: see posttrain data preview")
         if fallback:
             job.note(f"where the tokenizer has no template, set chat_template (it was {name.split('fallback_')[1]}).")
     else:
