@@ -170,6 +170,9 @@ def refuse_other_head(policy: Policy) -> None:
 @torch.no_grad()
 def probe_forest(policy: Policy) -> str | None:
     """None when forest and padded rows agree on random tokens; else why not. Leaves the forest attention on."""
+    # Chunks longer than the probe would not show in it.
+    if chunk := getattr(policy.model.config.get_text_config(), "attention_chunk_size", None):
+        return f"it attends in chunks of {chunk} tokens"
     trees = _probe_trees(policy.model.config.vocab_size)
     try:
         policy.model.set_attn_implementation(IMPLEMENTATION)

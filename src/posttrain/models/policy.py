@@ -39,6 +39,12 @@ class Policy:
         return next(self.model.parameters()).device
 
     @property
+    def decoder(self) -> Any:
+        """The model without its output layer."""
+        base = self.model.base_model  # some architectures do not name theirs, and return themselves
+        return base if base is not self.model else self.model.model
+
+    @property
     def head(self) -> Head:
         return head_of(self.model)
 
@@ -59,21 +65,24 @@ class Policy:
         if isinstance(batch, ForestBatch):
             return self.hidden_forest(batch.token_ids_T, batch.position_ids_T, ForestAttention(batch))
         with self.compute(), stock_attention(self.model):
-            out = self.model.base_model(input_ids=batch.token_ids_BL, attention_mask=batch.mask_BL, use_cache=False)
+            out = self.decoder(input_ids=batch.token_ids_BL, attention_mask=batch.mask_BL, use_cache=False)
         return out.last_hidden_state.flatten(0, 1)
 
     def hidden_forest(self, token_ids_T: Tensor, position_ids_T: Tensor, forest: Attends) -> Tensor:
         with self.compute():
-            out = self.model.base_model(
+            out = self.decoder(
                 input_ids=token_ids_T[None], position_ids=position_ids_T[None], use_cache=False, forest=forest
             )
         return out.last_hidden_state[0]
 
-    def score(self, trees: Sequence[Tree], *, temperature: float = 1.0) -> tuple[Scored, LossTable]:
-        """Log-probabilities of every scored token of the trees, in tree order."""
+    def score(
+        self, trees: Sequence[Tree], *, temperature: float = 1.0, collision: bool = False
+    ) -> tuple[Scored, LossTable]:
+        """Log-probabilities of every scored token of the trees, in tree order; `collision` adds log Σ p² there."""
         batch = self.batch(trees)
         hidden_ND = self.hidden(batch).index_select(0, batch.table.hidden_index_N)
-        return score(hidden_ND, batch.table.target_N, self.head, temperature=temperature), batch.table
+        found = score(hidden_ND, batch.table.target_N, self.head, temperature=temperature, collision=collision)
+        return found, batch.table
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:

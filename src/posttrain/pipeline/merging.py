@@ -223,6 +223,8 @@ def _manifest(source: Source, writer: Renderer | PlainText, out: Path, dtype: st
         seed=0,
         data={},
         ledger={},
+        rows={},
+        evaluated={},
         template_fingerprint=writer.fingerprint if isinstance(writer, Renderer) else "",
         stop_token_ids=writer.stop_token_ids,
         versions=current_versions(),
