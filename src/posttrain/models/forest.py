@@ -63,10 +63,11 @@ class AttentionGroup:
 
 @dataclass(frozen=True, slots=True)
 class LossTable:
-    """The N scored positions. `hidden_index_N[i]` is the token whose hidden state predicts `target_N[i]`, and
-    `branch_N[i]` the branch it belongs to, branches counted over the whole batch."""
+    """The N scored positions. `hidden_index_N[i]` is the token whose hidden state predicts `target_N[i]`, which itself
+    stands at `own_index_N[i]`; `branch_N[i]` is the branch it belongs to, branches counted over the whole batch."""
 
     hidden_index_N: Tensor
+    own_index_N: Tensor
     target_N: Tensor
     branch_N: Tensor
     n_branches: int
@@ -110,6 +111,7 @@ def build_forest(
     """Lay trees end to end. With `share_trunks=False` every branch gets its own copy of the trunk (the slow twin)."""
     row = _Row()
     hidden_index: list[int] = []
+    own_index: list[int] = []
     for tree in trees:
         n_trunk = len(tree.trunk_ids)
         shared = share_trunks and len(tree.branches) != 1
@@ -127,6 +129,7 @@ def build_forest(
             n_own = len(branch.token_ids)
             before = (trunk_start + n_trunk - 1, *range(start, start + n_own))[:n_own]
             hidden_index += [h for h, scored in zip(before, branch.scored, strict=True) if scored]
+            own_index += [start + j for j, scored in enumerate(branch.scored) if scored]
     groups = tuple(_group(g, device) for g in _bucket(row.attention))
     query_index = torch.cat([g.query_index_RQ.flatten() for g in groups])
     real = torch.cat([g.valid_RQ.flatten() for g in groups]).nonzero().squeeze(1)
@@ -139,19 +142,21 @@ def build_forest(
         query_index=query_index,
         key_index=torch.cat([g.key_index_RK.flatten() for g in groups]),
         place_T=place_T,
-        table=loss_table(trees, hidden_index, device),
+        table=loss_table(trees, hidden_index, own_index, device),
     )
 
 
-def loss_table(trees: Sequence[Tree], hidden_index: Sequence[int], device: torch.device | str) -> LossTable:
-    """The table for `hidden_index`, which names a hidden state for every scored token in tree order."""
+def loss_table(
+    trees: Sequence[Tree], hidden_index: Sequence[int], own_index: Sequence[int], device: torch.device | str
+) -> LossTable:
+    """The table for two places of every scored token in tree order: the one before it, and its own."""
     branches = [b for t in trees for b in t.branches]
     if unpredicted := [t.id for t in trees for b in t.branches if not t.trunk_ids and b.scored[:1] == (True,)]:
         raise ValueError(f"{unpredicted[0]}: the first token of a tree without a trunk has nothing to predict it")
     targets = [i for b in branches for i, scored in zip(b.token_ids, b.scored, strict=True) if scored]
     branch_of = [n for n, b in enumerate(branches) for scored in b.scored if scored]
-    columns = [torch.tensor(c, dtype=torch.long, device=device) for c in (hidden_index, targets, branch_of)]
-    return LossTable(columns[0], columns[1], columns[2], len(branches))
+    columns = [torch.tensor(c, dtype=torch.long, device=device) for c in (hidden_index, own_index, targets, branch_of)]
+    return LossTable(*columns, n_branches=len(branches))
 
 
 def _bucket(rows: list[AttentionRow]) -> Iterator[list[AttentionRow]]:

@@ -29,10 +29,13 @@ def build_padded(trees: Sequence[Tree], device: torch.device | str = "cpu") -> P
     token_ids_BL = torch.zeros(len(rows), longest, dtype=torch.long)
     mask_BL = torch.zeros_like(token_ids_BL)
     hidden_index: list[int] = []
+    own_index: list[int] = []
     for i, (trunk, branch) in enumerate(rows):
         ids = (*trunk, *branch.token_ids)
         token_ids_BL[i, : len(ids)] = torch.tensor(ids)
         mask_BL[i, : len(ids)] = 1
         before = i * longest + len(trunk) - 1
         hidden_index += [before + j for j, scored in enumerate(branch.scored) if scored]
-    return PaddedBatch(token_ids_BL.to(device), mask_BL.to(device), loss_table(trees, hidden_index, device))
+        own_index += [before + 1 + j for j, scored in enumerate(branch.scored) if scored]
+    table = loss_table(trees, hidden_index, own_index, device)
+    return PaddedBatch(token_ids_BL.to(device), mask_BL.to(device), table)
