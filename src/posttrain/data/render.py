@@ -12,15 +12,17 @@ Text a template writes after the last end token is left out; nobody samples it.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 from posttrain.data.templates import ChatTemplate, Turn
 from posttrain.errors import DataError
-from posttrain.records import Branch, Example, Message, Pair, Rated, Tree
+from posttrain.records import Branch, Example, Message, Pair, Rated, Stepwise, Tree
 
 TrainOn = Literal["all", "last"]
+STEP_END = "\n"  # between the steps of an answer; part of the step before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,14 @@ class Renderer:
         """One tree a row: the prompt is trunk, the answer its one branch."""
         return self._trees([self._plan_rated(row) for row in rows])
 
+    def stepwise(self, rows: Iterable[Stepwise]) -> list[Tree]:
+        """One tree a row: the prompt is trunk, the answer its one branch, and the last token of each step is marked.
+
+        Steps stand on lines of their own; the last one ends with the token that ends the answer.
+        """
+        plans = [self._plan_stepwise(row) for row in rows]
+        return [_only_ends(tree, plan, self._encode) for tree, plan in zip(self._trees(plans), plans, strict=True)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """All tokens as text, special tokens included."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -147,6 +157,19 @@ class Renderer:
             raise DataError("the completion must begin with an assistant message.", where=row.id)
         plan = self._plan_pair(Pair(row.id, row.prompt, row.completion, row.completion, row.tools))
         return Plan(plan.id, plan.trunk, plan.branches[:1])
+
+    def _plan_stepwise(self, row: Stepwise) -> Plan:
+        steps = [step.strip() for step in row.steps]
+        messages = (*row.prompt, Message("assistant", STEP_END.join(steps)))
+        (answer,) = self._continue(messages, [len(row.prompt)], row.id)
+        pieces: list[Piece] = []
+        done = 0
+        for step in steps[:-1]:
+            end = answer.text.index(step + STEP_END, done) + len(step) + len(STEP_END)
+            pieces.append(Piece(answer.text[done:end], scored=True))
+            done = end
+        pieces.append(Piece(answer.text[done:], scored=True))
+        return Plan(row.id, self._prompt(row.prompt, row.id), (tuple(pieces),))
 
     def _prompt(self, messages: tuple[Message, ...], where: str) -> tuple[Piece, ...]:
         """A prompt in pieces, cut around each earlier answer that the template still renders as it was sampled."""
@@ -245,6 +268,14 @@ class PlainText:
 
 def _separator(tokenizer: Any) -> str:
     return tokenizer.bos_token or tokenizer.eos_token or ""
+
+
+def _only_ends(tree: Tree, plan: Plan, encode: Callable[[list[str]], list[tuple[int, ...]]]) -> Tree:
+    """The tree with only the last token of each piece of its one branch marked."""
+    lengths = [len(ids) for ids in encode([piece.text for piece in plan.branches[0]])]
+    ends = set(accumulate(lengths))
+    marks = tuple(i + 1 in ends for i in range(sum(lengths)))
+    return Tree(tree.id, tree.trunk_ids, (Branch(tree.branches[0].token_ids, marks),))
 
 
 def _branch(pieces: Sequence[Piece], ids: dict[str, tuple[int, ...]]) -> Branch:
