@@ -31,6 +31,7 @@ bench: $(READY)
 # Side by side with TRL, which lives in an environment of its own; needs ../shared/data.
 bench-trl: $(READY) $(TRL)/.ready
 	$(BIN)/python benchmarks/side_by_side/run.py --theirs $(TRL)/bin/python
+	$(BIN)/python benchmarks/data_prep.py --theirs $(TRL)/bin/python
 
 tiny-base: $(READY)
 	$(BIN)/python recipes/tiny-base/make.py

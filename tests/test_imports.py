@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 PACKAGE = SOURCE / "posttrain"
 
 LEVELS = [
-    {"errors", "intervals", "records", "settings", "paths", "recipe", "reporting", "seeds"},
+    {"errors", "intervals", "network", "records", "settings", "paths", "recipe", "reporting", "seeds"},
     {"data", "models", "losses", "rewards", "registry"},
     {"rollout", "train"},
     {"methods", "gate"},
@@ -35,6 +35,9 @@ TORCH_FREE = [
     "posttrain.reporting",
     "posttrain.seeds",
     "posttrain.recipe",
+    "posttrain.data.prepare",
+    "posttrain.data.worker",
+    "posttrain.data.whereabouts",
     "posttrain.cli",
     "posttrain.cli.app",
 ]

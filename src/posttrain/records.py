@@ -113,6 +113,7 @@ class Task:
 
 
 Row = Example | Pair | Rated | Stepwise | Task
+Judged = Pair | Rated  # an answer preferred to another, or one with a thumb
 
 
 @dataclass(frozen=True, slots=True)

@@ -332,24 +332,26 @@ def test_a_moving_reference_goes_where_tr_dpo_says_and_nowhere_else(tmp_path: Pa
 # --- falling chosen answers ----------------------------------------------------------------------------------------
 
 
-def test_the_watch_speaks_once_and_only_when_chosen_fall_while_the_margin_grows() -> None:
+def test_the_watch_speaks_once_and_says_what_to_change() -> None:
     def told(fallen: float, margin: float, n: int = 16, steps: int = 30) -> list[str]:
         watch = FallingWatch()
-        said = [watch.after_step(Mean(fallen * n, n), Mean(margin * n, n)) for _ in range(steps)]
+        said = [watch.after_step(Mean(fallen * n, n), Mean(margin * n, n), "Raise beta.") for _ in range(steps)]
         return [s for s in said if s is not None]
 
     assert len(told(0.9, 0.5)) == 1
-    assert "90% of the preferred answers" in told(0.9, 0.5)[0]
+    assert told(0.9, 0.5)[0].startswith("90% of the better answers of the last 4 steps are less likely")
+    assert told(0.9, 0.5)[0].endswith("while the margin grows: it grows by pushing the others down, and what takes "
+                                      "their place is neither. Raise beta.")  # fmt: skip
+    assert told(0.9, -0.5)[0].endswith("both are lost. Lower learning_rate.")
     assert told(0.7, 0.5) == []
-    assert told(0.9, -0.5) == [], "no margin: it is not yet learning at all"
     assert told(1.0, 0.5, n=1, steps=20) == [], "twenty answers say little"
     watch = FallingWatch()
     for _ in range(10):
-        watch.after_step(Mean(16, 16), Mean(8, 16))
+        watch.after_step(Mean(16, 16), Mean(8, 16), "")
     again = FallingWatch()
     again.restore(**watch.state())  # type: ignore[arg-type]
     assert again.told
-    assert again.after_step(Mean(16, 16), Mean(8, 16)) is None
+    assert again.after_step(Mean(16, 16), Mean(8, 16), "") is None
 
 
 def test_a_run_that_pushes_chosen_down_is_told_of_it_with_one_setting(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from posttrain.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from posttrain.data.formats import Loaded
-    from posttrain.data.sources import RawRow
+    from posttrain.data.sources.rows import RawRow
     from posttrain.records import Row
 
 FormatOption = Annotated[
@@ -82,9 +82,12 @@ def resolve(path: str) -> Path:
 
 
 def raw_rows(file: str, limit: int | None = None) -> Sequence[RawRow]:
-    from posttrain.data.sources import read_source
+    from itertools import islice
 
-    return read_source(resolve(file), limit=limit).rows
+    from posttrain.data.sources import open_sources
+    from posttrain.settings import DatasetSettings
+
+    return list(islice(open_sources([DatasetSettings(path=file)], resolve)[0].rows(), limit))
 
 
 def as_lines(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
@@ -130,11 +133,14 @@ def refuse_overwriting(outs: Sequence[Path], files: Sequence[str], force: bool) 
 
 def _reader(file: str, form: str, columns: Mapping[str, str]) -> Callable[..., Loaded[Any]]:
     from posttrain.data import formats
+    from posttrain.data.layouts.base import Format
+    from posttrain.data.layouts.choose import FORMATS
+    from posttrain.records import Example, Pair, Task
 
-    kinds: list[tuple[Mapping[str, formats.Format], Callable[..., Loaded[Any]]]] = [
-        (formats.PAIR_FORMATS, formats.read_pairs),
-        (formats.EXAMPLE_FORMATS, formats.read_examples),
-        (formats.TASK_FORMATS, _read_tasks),
+    kinds: list[tuple[Mapping[str, Format], Callable[..., Loaded[Any]]]] = [
+        (FORMATS[Pair], formats.read_pairs),
+        (FORMATS[Example], formats.read_examples),
+        (FORMATS[Task], _read_tasks),
     ]
     if form != "auto":
         for known, read in kinds:

@@ -7,14 +7,15 @@ is no reason.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from posttrain.data.audit.garbage import garbage
 from posttrain.data.audit.look import look
 from posttrain.data.audit.report import learned
 from posttrain.data.language import UNKNOWN, guess
+from posttrain.data.ledger import Bucket, Entry
 from posttrain.data.pii import kinds, mask_row
 from posttrain.records import Pair, Row
 from posttrain.settings import FilterSettings
@@ -62,32 +63,55 @@ def judge(row: R, s: FilterSettings) -> Judged[R]:
     return Judged(masked, personal=personal, language=language)  # type: ignore[arg-type]  # of the row's own kind
 
 
+class Filters:
+    """A screen: rows stream through, each with the entry of its loss beside it, or None and perhaps masked."""
+
+    def __init__(self, s: FilterSettings) -> None:
+        self._settings = s
+        self._reasons: Counter[str] = Counter()
+        self._personal: Counter[str] = Counter()
+        self._n_personal = self._n_unknown = 0
+
+    def __call__(self, rows: Iterable[Any]) -> Iterator[tuple[Any, Entry | None]]:
+        for row in rows:
+            yield self._one(row) if isinstance(row, Row) else (row, None)
+
+    def _one(self, row: Row) -> tuple[Row, Entry | None]:
+        judged = judge(row, self._settings)
+        if judged.row is None:
+            self._reasons[judged.reason] += 1
+            return row, Entry(Bucket.DROPPED, judged.reason)
+        self._personal.update(judged.personal)
+        self._n_personal += bool(judged.personal)
+        self._n_unknown += judged.language == UNKNOWN
+        return judged.row, None
+
+    def notes(self) -> list[str]:
+        """What happened, for people."""
+        said = []
+        if self._reasons:
+            told = ", ".join(f"{n:,} {reason}" for reason, n in self._reasons.most_common())
+            said.append(f"filters drop {_rows(self._reasons.total())}: {told}")
+        if self._n_personal:
+            told = ", ".join(f"{kind} in {n:,}" for kind, n in self._personal.most_common())
+            done = "masked" if self._settings.pii == "mask" else "left as it is"
+            said.append(f"personal data in {_rows(self._n_personal)}, {done}: {told}")
+        if self._n_unknown:
+            said.append(f"{_rows(self._n_unknown)} in no language that could be told, kept")
+        return said
+
+
 def apply(rows: Iterable[R], s: FilterSettings) -> Filtered[R]:
     """Every row judged; each is in `rows` or in `dropped`."""
     kept: list[R] = []
     dropped: list[tuple[str, str]] = []
-    personal: Counter[str] = Counter()
-    n_personal = n_unknown = 0
-    for row in rows:
-        judged = judge(row, s)
-        if judged.row is None:
-            dropped.append((row.id, judged.reason))
-            continue
-        kept.append(judged.row)
-        personal.update(judged.personal)
-        n_personal += bool(judged.personal)
-        n_unknown += judged.language == UNKNOWN
-    said = []
-    if dropped:
-        reasons = Counter(reason for _, reason in dropped).most_common()
-        said.append(f"filters drop {_rows(len(dropped))}: " + ", ".join(f"{n:,} {reason}" for reason, n in reasons))
-    if n_personal:
-        told = ", ".join(f"{kind} in {n:,}" for kind, n in personal.most_common())
-        done = "masked" if s.pii == "mask" else "left as it is"
-        said.append(f"personal data in {_rows(n_personal)}, {done}: {told}")
-    if n_unknown:
-        said.append(f"{_rows(n_unknown)} in no language that could be told, kept")
-    return Filtered(tuple(kept), tuple(dropped), tuple(said))
+    filters = Filters(s)
+    for row, lost in filters(rows):
+        if lost is None:
+            kept.append(row)
+        else:
+            dropped.append((row.id, lost.reason))
+    return Filtered(tuple(kept), tuple(dropped), tuple(filters.notes()))
 
 
 def _damage(row: Row, s: FilterSettings) -> str:

@@ -58,6 +58,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, template)
         tokenizer.chat_template = self.template.source
+        self._direct = _direct(tokenizer)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -224,15 +225,19 @@ class Renderer:
         if not texts:
             return []
         # The template writes the special tokens it wants; the tokenizer must not add its own.
+        if self._direct is not None:
+            return [tuple(one.ids) for one in self._direct.encode_batch_fast(texts, add_special_tokens=False)]
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
         return [tuple(ids) for ids in encoded.input_ids]
 
     def _refuse_altered(self, plans: Sequence[Plan], ids: dict[str, tuple[int, ...]]) -> None:
         """Each scored span must decode to its text: a tokenizer without some character would train on <unk>."""
         scored = [(plan.id, piece.text) for plan in plans for piece in plan.pieces if piece.scored]
-        decoded = self.tokenizer.batch_decode(
-            [list(ids[text]) for _, text in scored], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        wanted = [list(ids[text]) for _, text in scored]
+        if self._direct is not None:
+            decoded = self._direct.decode_batch(wanted, skip_special_tokens=False)
+        else:
+            decoded = self.tokenizer.batch_decode(wanted, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for (row_id, text), back in zip(scored, decoded, strict=True):
             if back != text and back != unicodedata.normalize("NFC", text):
                 raise DataError(
@@ -264,6 +269,19 @@ class PlainText:
         """The continuation without the stop token; other special tokens are shown."""
         text = ids[:-1] if ids and ids[-1] in self.stop_token_ids else ids
         return self._tokenizer.decode(list(text), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _direct(tokenizer: Any) -> Any:
+    """The Rust tokenizer itself, without the work of its wrapper; None where that would not be the same."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.truncation or backend.padding or backend.encode_special_tokens:
+        return None
+    text = "A probe – „naïve“ 12,345. "
+    ids = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    wrapped = tokenizer([text], add_special_tokens=False).input_ids[0]
+    decoded = tokenizer.decode(wrapped, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    same = ids == wrapped and backend.decode(ids, skip_special_tokens=False) == decoded
+    return backend if same else None
 
 
 def _separator(tokenizer: Any) -> str:

@@ -179,7 +179,7 @@ def ask_once(
             done += len(micro)
             task.update(done)
     answers = Answers.of(rows)
-    write_json_atomic(path, {"key": key, "digest": answers.digest, "logps": rows})
+    write_json_atomic(path, {"key": key, "digest": answers.digest, "ids": [t.id for t in trees], "logps": rows})
     return answers
 
 

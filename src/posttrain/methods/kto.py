@@ -20,18 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.data.formats import read_pairs
 from posttrain.data.order import batches
 from posttrain.errors import DataError
 from posttrain.losses.terms import LossSum, Mean
 from posttrain.losses.unpaired import UNPAIRED_LOSSES, RatedLogps, class_weights, kl_baseline, rated_figures
 from posttrain.methods.against import Against, Answers, answer_sums, in_blocks, open_reference, refuse_other_answers
-from posttrain.methods.stage import Stage, StageResult, account, counts, fit_evaluation, fit_rows, refuse_unending
+from posttrain.methods.prepared import (
+    Prepared,
+    evaluation_rows,
+    kept_rows,
+    refuse_unending,
+    stage_result,
+    training_rows,
+)
+from posttrain.methods.stage import Stage, StageResult
 from posttrain.models.policy import Policy, disable_dropout
-from posttrain.records import Branch, Tree
+from posttrain.records import Branch, Rated, Tree
 from posttrain.reporting import Reporter
 from posttrain.seeds import derive_seed
-from posttrain.settings import KTOSettings
+from posttrain.settings import DatasetSettings, KTOSettings
 from posttrain.train.falling import FallingWatch
 from posttrain.train.loop import train
 from posttrain.train.objective import Evaluation, StepBatch
@@ -174,26 +181,27 @@ class KTOObjective:
             return
         good, bad = seen["reward_good"], seen["reward_bad"]
         margin = Mean(good.value - bad.value, 1) if good.count and bad.count else Mean(0.0, 1)
-        said = self._watch.after_step(seen["good_fallen_share"], margin)
+        said = self._watch.after_step(seen["good_fallen_share"], margin, ADVICE)
         if said is not None:
-            self.reporter.line(f"{self.label}: warning: {said} {ADVICE}")
+            self.reporter.line(f"{self.label}: warning: {said}")
 
 
 def run(stage: Stage, s: KTOSettings) -> StageResult:
     disable_dropout(stage.policy.model)
-    loaded = read_pairs(s.datasets, stage.resolve)
-    ledger, rows = account(stage, loaded, s)
-    trees = fit_rows(stage, stage.renderer.pairs(rows), ledger, s)
-    refuse_unending(stage, trees)
-    held_out: list[Tree] = []
-    if s.eval_datasets:
-        evaluation = read_pairs(s.eval_datasets, stage.resolve)
-        held_out = fit_evaluation(stage.renderer.pairs(evaluation.rows), evaluation, s)
-    objective = kto_objective(stage, s, rated_trees(trees, {}), rated_trees(held_out, {}))
+    found = training_rows(stage, s, "judged")
+    refuse_unending(stage, found)
+    evaluation = evaluation_rows(stage, s, "judged")
+    held_out = _rated(stage, s.eval_datasets, evaluation) if evaluation else []
+    objective = kto_objective(stage, s, _rated(stage, s.datasets, found), held_out)
     trained = train(stage.policy, objective, s, stage.place, stage.reporter)
     asked = [r for rows in (objective.rows, objective.held_out) for r in (rows.answers, rows.mismatched_answers)]
     objective.against.refuse_if_changed(*asked)
-    return StageResult(trained, loaded.sources, counts(ledger))
+    return stage_result(trained, found, evaluation)
+
+
+def _rated(stage: Stage, datasets: Sequence[DatasetSettings], found: Prepared) -> list[RatedTree]:
+    rows = kept_rows(stage, datasets, found, {tree.id for tree in found.trees}, "judged")
+    return rated_trees(found.trees, {row.id: row.good for row in rows if isinstance(row, Rated)})
 
 
 def kto_objective(

@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.data.formats import read_pairs
-from posttrain.data.hygiene import audit_pairs
 from posttrain.data.order import batches
 from posttrain.losses.pairs import PairLogps, figures, wpo_weight
 from posttrain.losses.preference import WHOLE_BATCH, Term, combined
 from posttrain.losses.terms import LossSum, Mean
 from posttrain.methods.against import Against, Answers, answer_sums, in_blocks, open_reference, refuse_other_answers
-from posttrain.methods.stage import Stage, StageResult, account, counts, fit_evaluation, fit_rows, refuse_unending
+from posttrain.methods.prepared import evaluation_rows, refuse_unending, stage_result, training_rows
+from posttrain.methods.stage import Stage, StageResult
 from posttrain.models.policy import Policy, disable_dropout
 from posttrain.records import Tree
 from posttrain.reporting import Reporter
@@ -219,9 +218,9 @@ class PairObjective:
         seen, self._seen = self._seen, {}
         if "chosen_fallen_share" not in seen:
             return
-        said = self._watch.after_step(seen["chosen_fallen_share"], seen["reward_margin"])
+        said = self._watch.after_step(seen["chosen_fallen_share"], seen["reward_margin"], self.loss_of.advice)
         if said is not None:
-            self.reporter.line(f"{self.label}: warning: {said} {self.loss_of.advice}")
+            self.reporter.line(f"{self.label}: warning: {said}")
 
 
 def _learned(policy: PairLogps) -> list[Tensor]:
@@ -240,20 +239,14 @@ def _through_slopes(policy: PairLogps, items: Sequence[Item]) -> LossSum:
 def run_pairs(stage: Stage, s: PreferenceSettings, loss: PairLoss) -> StageResult:
     """Rows, reference and training of every method that learns from pairs."""
     disable_dropout(stage.policy.model)
-    loaded = read_pairs(s.datasets, stage.resolve)
-    stage.reporter.line(f"{stage.name}: {audit_pairs(loaded.rows)}")
-    ledger, rows = account(stage, loaded, s)
-    trees = fit_rows(stage, stage.renderer.pairs(rows), ledger, s)
-    refuse_unending(stage, trees)
-    held_out: list[Tree] = []
-    if s.eval_datasets:
-        evaluation = read_pairs(s.eval_datasets, stage.resolve)
-        held_out = fit_evaluation(stage.renderer.pairs(evaluation.rows), evaluation, s)
-    objective = pair_objective(stage, s, loss, trees, held_out)
+    found = training_rows(stage, s, "pair")
+    refuse_unending(stage, found)
+    evaluation = evaluation_rows(stage, s, "pair")
+    objective = pair_objective(stage, s, loss, found.trees, evaluation.trees if evaluation else ())
     trained = train(stage.policy, objective, s, stage.place, stage.reporter)
     if objective.against is not None:
         objective.against.refuse_if_changed(objective.answers, objective.held_out_answers)
-    return StageResult(trained, loaded.sources, counts(ledger))
+    return stage_result(trained, found, evaluation)
 
 
 def pair_objective(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
+
+from posttrain.network import go_offline_if_unreachable
 
 
 def hush() -> None:
@@ -30,12 +29,6 @@ def hush() -> None:
 
 def reach(source: str) -> None:
     """Before a Hub name is looked up: without a network only the cache is asked, instead of a minute of retries."""
-    import huggingface_hub.constants as hub
-
     hush()
-    if Path(source).is_dir() or hub.HF_HUB_OFFLINE or "https" in getproxies():
-        return
-    try:
-        socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, 443)
-    except OSError:
-        hub.HF_HUB_OFFLINE = True
+    if not Path(source).is_dir():
+        go_offline_if_unreachable()

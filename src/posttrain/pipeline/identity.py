@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain import paths
+from posttrain.data.sources import content_hash
 from posttrain.errors import DataError, PosttrainError, RecipeError
 from posttrain.gate.suites import Suite, is_suite, load_suite
 from posttrain.models.hub import reach
@@ -144,7 +145,7 @@ def stage_fingerprint(
             "method": stage.method,
             "settings": {key: value for key, value in stage.as_dict().items() if key != "gate"},
             "parent": parent.fingerprint,
-            "data": [file_hash(recipe.resolve(d.path)) for d in [*s.datasets, *s.eval_datasets]],
+            "data": [content_hash(d, recipe.resolve) for d in [*s.datasets, *s.eval_datasets]],
             "against": [_evaluation_hash(recipe, name) for name in s.decontaminate.against],
             "suite": suite.fingerprint if suite else None,
             "template": template,

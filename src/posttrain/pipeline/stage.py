@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.data.ledger import ROWS, Counts
 from posttrain.data.render import Renderer
 from posttrain.errors import ArtefactError, DataError, RecipeError, TrainingStopped
 from posttrain.gate.answer import write_answers
 from posttrain.gate.decide import judge, same_question
 from posttrain.gate.report import line as gate_line
 from posttrain.gate.suites import Suite
+from posttrain.methods.prepared import EVALUATION_ROWS
 from posttrain.methods.registry import METHODS, StageResult
 from posttrain.methods.registry import Stage as MethodStage
 from posttrain.models.adapters import add_lora
@@ -26,7 +29,7 @@ from posttrain.recipe import Recipe, Stage, fingerprint
 from posttrain.records import ArtefactRef, GateReport
 from posttrain.registry.artefact import attach_gate, load_ref, save_artefact
 from posttrain.registry.files import writing
-from posttrain.registry.manifest import DataFile, Manifest, current_versions, now_utc, read_manifest
+from posttrain.registry.manifest import DataFile, Manifest, SourceRows, current_versions, now_utc, read_manifest
 from posttrain.registry.store import CANDIDATE, ModelStore
 from posttrain.reporting import Reporter, duration
 from posttrain.seeds import derive_seed
@@ -156,13 +159,22 @@ def _train_and_save(sr: StageRun) -> None:
     if s.adapter == "lora":
         add_lora(policy, s.lora, seed=derive_seed(sr.seed, "adapter"))
     recipe = sr.run.recipe
-    items = held_out(recipe, s, sr.suite)
-    loader = _reference_loader(sr)
-    method = MethodStage(policy, renderer, recipe.resolve, sr.place, sr.run.reporter, items, loader)
+    method = MethodStage(
+        policy,
+        renderer,
+        recipe.resolve,
+        sr.place,
+        sr.run.reporter,
+        held_out(recipe, s, sr.suite),
+        reference=_reference_loader(sr),
+        home=sr.run.home,
+    )
     result = METHODS[sr.stage.method](method, s)
 
     def save(directory: Path) -> None:
         save_policy(policy, directory, stop_token_ids=renderer.stop_token_ids)
+        for ledger in filter(Path.exists, (sr.place.directory / ROWS, sr.place.directory / EVALUATION_ROWS)):
+            shutil.copyfile(ledger, directory / ledger.name)
         _prove_saved(sr, policy, directory, started_from)
 
     save_artefact(sr.artefact, _manifest(sr, renderer, result), save, sr.place.metrics)
@@ -229,13 +241,20 @@ def _manifest(sr: StageRun, renderer: Renderer, result: StageResult) -> Manifest
         settings=sr.stage.as_dict(),
         seed=sr.seed,
         data={source.path: DataFile(source.sha256, source.n_read) for source in result.sources},
-        ledger=result.ledger,
+        ledger=result.rows.buckets,
+        rows=_by_source(result.rows),
+        evaluated=_by_source(result.evaluated),
         template_fingerprint=renderer.fingerprint,
         stop_token_ids=renderer.stop_token_ids,
         versions=current_versions(),
         metrics=timeless,
         created=now_utc(),
     )
+
+
+def _by_source(counts: Counts | None) -> dict[str, SourceRows]:
+    sources = counts.sources.items() if counts else ()
+    return {label: SourceRows(source.buckets, source.supervised_tokens) for label, source in sources}
 
 
 def _verdict(sr: StageRun, ref: ArtefactRef) -> GateReport | None:

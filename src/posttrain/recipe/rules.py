@@ -16,6 +16,7 @@ from posttrain.recipe.faults import show
 from posttrain.recipe.rules_preference import PREFERENCE_RULES
 from posttrain.recipe.yaml_lines import KeyPath, key_name
 from posttrain.settings import METHODS, FilterSettings, RetryPolicy, StageSettings
+from posttrain.settings.data import objection
 from posttrain.settings.filters import LANGUAGES
 from posttrain.settings.preference import BETA, loss_names
 
@@ -217,11 +218,20 @@ def _nothing_to_choose(stage: StageView) -> str | None:
 
 
 def _trained_on_heldout(stage: StageView) -> str | None:
-    trained = {dataset.path for dataset in stage.settings.datasets}
-    shared = [dataset.path for dataset in stage.settings.eval_datasets if dataset.path in trained]
+    trained = {(dataset.path, dataset.name, dataset.split) for dataset in stage.settings.datasets}
+    shared = [d.path for d in stage.settings.eval_datasets if (d.path, d.name, d.split) in trained]
     if shared:
         return f" names {shared[0]}, which is also in datasets: rows trained on are not held out. Split the file."
     return None
+
+
+def _unsound_sources(key: str) -> Callable[[StageView], str | None]:
+    def broken_by(stage: StageView) -> str | None:
+        datasets = getattr(stage.settings, key)
+        found = objection(datasets)
+        return f".{found[0] + 1}: {datasets[found[0]].path} {found[1]}" if found else None
+
+    return broken_by
 
 
 def _no_room_for_prompt(stage: StageView) -> str | None:
@@ -286,6 +296,8 @@ RULES = (
     Rule("dedup", (), _unread_shingle),
     Rule("eval_steps", ("eval_datasets",), _unread_eval_steps),
     Rule("load_best_model_at_end", ("eval_datasets", "eval_steps"), _nothing_to_choose),
+    Rule("datasets", (), _unsound_sources("datasets")),
+    Rule("eval_datasets", (), _unsound_sources("eval_datasets")),
     Rule("eval_datasets", ("datasets",), _trained_on_heldout),
     Rule("max_completion_length", ("max_length",), _no_room_for_prompt),
     Rule("rewards", (), _misshapen_rewards),

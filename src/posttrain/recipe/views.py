@@ -25,6 +25,7 @@ NOT_MEANING = frozenset(
         "forest",  # the same log-probs, computed once or several times
         "max_drop_rate",  # limits that stop a run; a run that went on is the same run
         "max_checker_failure_rate",
+        "dataset_num_proc",
         "register",
     }
 )

@@ -34,6 +34,11 @@ class StageSettings(Section):
     on_overflow: Literal["error", "drop", "truncate"] = "error"
     max_drop_rate: Share = Field(default=0.05, description="more dropped rows than this share stop the stage")
 
+    dataset_num_proc: Positive | None = Field(
+        default=None,
+        description="processes that render and tokenise; default: one, then one a core if it takes long",
+    )
+
     on_contamination: Literal["error", "drop"] = Field(
         default="error", description="training rows that hold an item of the gate's suite, or of decontaminate.against"
     )

@@ -1,4 +1,4 @@
-"""The sign of a preference run that degenerates: chosen answers become less likely while the margin grows."""
+"""The signs of a preference run that degenerates: the better answers become less likely than under the reference."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ class FallingWatch:
     recent: list[tuple[float, float, float]] = field(default_factory=list)  # fallen, answers, margin summed
     told: bool = False
 
-    def after_step(self, fallen: Mean, margin: Mean) -> str | None:
+    def after_step(self, fallen: Mean, margin: Mean, advice: str) -> str | None:
         """`fallen`: share of preferred answers below the reference; `margin`: reward of the better answer less that of
-        the worse. Returns what to tell, or None."""
+        the worse; `advice`: what to change when only the margin grows. Returns what to tell, or None."""
         self.recent = [*self.recent, (fallen.total, fallen.count, margin.total)][-WINDOW:]
         n_fallen, n, total = (sum(column) for column in zip(*self.recent, strict=True))
-        if self.told or n < MIN_ANSWERS or n_fallen < SHARE * n or total <= 0:
+        if self.told or n < MIN_ANSWERS or n_fallen < SHARE * n:
             return None
         self.told = True
+        seen = f"{n_fallen / n:.0%} of the better answers of the last {len(self.recent)} steps are less likely than "
+        if total <= 0:
+            return f"{seen}under the reference, and the others are not worse off: both are lost. Lower learning_rate."
         return (
-            f"{n_fallen / n:.0%} of the preferred answers of the last {len(self.recent)} steps are less likely than "
-            "under the reference, while the margin grows: it grows by pushing the other answers down, and both may "
-            "be replaced by something else."
+            f"{seen}under the reference, while the margin grows: it grows by pushing the others down, and what takes "
+            f"their place is neither. {advice}"
         )
 
     def state(self) -> dict[str, object]:

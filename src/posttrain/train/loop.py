@@ -160,12 +160,14 @@ def micro_batches(items: Sequence[Item], token_budget: int) -> Iterator[list[Ite
     """Longest first, as many as fit the budget; an item over the budget goes alone."""
     micro: list[Item] = []
     n_tokens = 0
-    for item in sorted(items, key=lambda i: i.tree.n_tokens, reverse=True):
-        if micro and n_tokens + item.tree.n_tokens > token_budget:
+    # Items may be built anew each time they are looked at: only their lengths are kept, not the items.
+    lengths = [item.tree.n_tokens for item in items]
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if micro and n_tokens + lengths[i] > token_budget:
             yield micro
             micro, n_tokens = [], 0
-        micro.append(item)
-        n_tokens += item.tree.n_tokens
+        micro.append(items[i])
+        n_tokens += lengths[i]
     if micro:
         yield micro
 
