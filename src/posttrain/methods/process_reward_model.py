@@ -7,19 +7,17 @@ Left out: a third label for neutral steps (decide what it shall mean), weights t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from posttrain.data.formats import stream
 from posttrain.data.store import Mapped
 from posttrain.losses.reward import step_cross_entropy
 from posttrain.losses.terms import LossSum
-from posttrain.methods.prepared import Prepared, evaluation_rows, stage_result, training_rows
+from posttrain.methods.prepared import Prepared, evaluation_rows, kept_rows, stage_result, training_rows
 from posttrain.methods.reward_model import Item, ScoreObjective, refuse_endless, steps_of
 from posttrain.methods.stage import Stage, StageResult
 from posttrain.models.policy import Policy
-from posttrain.records import Stepwise
 from posttrain.settings import DatasetSettings, ProcessRewardModelSettings
 from posttrain.train.loop import train
 
@@ -65,10 +63,6 @@ def run(stage: Stage, s: ProcessRewardModelSettings) -> StageResult:
 
 
 def _items(stage: Stage, datasets: Sequence[DatasetSettings], found: Prepared) -> Sequence[Item]:
-    labels = _labels(stage, datasets)
+    rows = kept_rows(stage, datasets, found, {tree.id for tree in found.trees}, "stepwise")
+    labels = {row.id: tuple(map(float, row.labels)) for row in rows}
     return Mapped(lambda tree: Item(tree, labels[tree.id]), found.trees)
-
-
-def _labels(stage: Stage, datasets: Sequence[DatasetSettings]) -> Mapping[str, tuple[float, ...]]:
-    rows = stream(datasets, stage.resolve, Stepwise)
-    return {row.id: tuple(map(float, row.labels)) for row in rows if isinstance(row, Stepwise)}

@@ -10,20 +10,26 @@ Left out: several answers ranked at once (write them as pairs), truncating answe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from posttrain.data.formats import stream
 from posttrain.data.order import batches
 from posttrain.data.store import Mapped
 from posttrain.errors import DataError
 from posttrain.losses.reward import bradley_terry
 from posttrain.losses.terms import LossSum, Mean, add_metrics
-from posttrain.methods.prepared import Prepared, evaluation_rows, refuse_unending, stage_result, training_rows
+from posttrain.methods.prepared import (
+    Prepared,
+    evaluation_rows,
+    kept_rows,
+    refuse_unending,
+    stage_result,
+    training_rows,
+)
 from posttrain.methods.stage import Stage, StageResult
 from posttrain.models.policy import Policy
 from posttrain.models.value import at_ends, read_scores
@@ -139,7 +145,7 @@ def run(stage: Stage, s: RewardModelSettings) -> StageResult:
     return stage_result(trained, found, evaluation)
 
 
-def steps_of(stage: Stage, s: ScoringSettings, n_rows: int) -> list[tuple[int, ...]]:
+def steps_of(stage: Stage, s: ScoringSettings, n_rows: int) -> Sequence[tuple[int, ...]]:
     seed = stage.place.seed
     return batches(n_rows, s.per_device_train_batch_size, s.num_train_epochs, seed, max_steps=s.max_steps)
 
@@ -163,16 +169,13 @@ def _items(
     if s.margin != "column":
         margin = (float(s.margin),)
         return Mapped(lambda tree: Item(at_ends(tree), margin), found.trees)
-    margins = _margins(stage, datasets)
+    margins = _margins(kept_rows(stage, datasets, found, {tree.id for tree in found.trees}, "pair"))
     return Mapped(lambda tree: Item(at_ends(tree), (margins[tree.id],)), found.trees)
 
 
-def _margins(stage: Stage, datasets: Sequence[DatasetSettings]) -> Mapping[str, float]:
-    """By row id, for every row that is a pair."""
+def _margins(rows: Sequence[Pair]) -> dict[str, float]:
     margins: dict[str, float] = {}
-    for row in stream(datasets, stage.resolve, Pair):
-        if not isinstance(row, Pair):
-            continue  # dropped, and in the ledger
+    for row in rows:
         if row.margin is None:
             raise DataError(
                 "margin: column, but the row has no number in a column `margin`.",

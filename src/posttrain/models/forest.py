@@ -156,7 +156,8 @@ def loss_table(
     targets = [i for b in branches for i, scored in zip(b.token_ids, b.scored, strict=True) if scored]
     branch_of = [n for n, b in enumerate(branches) for scored in b.scored if scored]
     columns = [torch.tensor(c, dtype=torch.long, device=device) for c in (hidden_index, own_index, targets, branch_of)]
-    return LossTable(*columns, n_branches=len(branches))
+    hidden_N, own_N, target_N, branch_N = columns
+    return LossTable(hidden_N, own_N, target_N, branch_N, len(branches))
 
 
 def _bucket(rows: list[AttentionRow]) -> Iterator[list[AttentionRow]]:

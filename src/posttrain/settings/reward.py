@@ -19,7 +19,9 @@ class ScoringSettings(StageSettings):
 
     learning_rate: float = Field(default_factory=full_or_adapter(1e-5, 1e-4), gt=0, description="1e-5; adapters 1e-4")
     register_as: str | None = Field(
-        default=None, pattern=_NAME, description="its registry name; default: the recipe's, and -reward"
+        default=None,
+        pattern=_NAME,
+        description="its registry name; default: the recipe's, followed by -reward or -process-reward",
     )
 
 
