@@ -5,6 +5,7 @@ Axes: P pairs. Lengths are characters of an answer. Scores are the model's own, 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,7 +186,7 @@ def calibrated(scores: Scored) -> tuple[tuple[Bin, ...], float]:
     won_P = np.array([_won(*both) for both in scores])
     bins = []
     error = 0.0
-    for low, high in zip(BINS[:-1], BINS[1:], strict=True):
+    for low, high in itertools.pairwise(BINS):
         within_P = (sure_P >= low) & ((sure_P < high) | (high == BINS[-1]))
         n = int(within_P.sum())
         if n:

@@ -62,9 +62,7 @@ def _empty_scorer(language_model: Any) -> tuple[Any, nn.Linear]:
 
     config = language_model.config
     kind = type(config)
-    found = (
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind] if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING else None
-    )
+    found = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(kind, None)
     if found is None:
         raise _no_scorer(config, "transformers has no class for it that scores")
     config.num_labels = 1

@@ -32,7 +32,7 @@ def _scorer_entries(stage: StageView) -> str | None:
         try:
             ScorerSettings.model_validate(written, strict=True)
         except ValidationError as error:
-            at, said = violations(error, written, ScorerSettings)[0]
+            at, said = next(iter(violations(error, written, ScorerSettings)))
             return f": {REWARD_MODEL}.{key_name(at)}{said}"
     return None
 
