@@ -53,20 +53,21 @@ from posttrain.train.metrics import read_metrics
 SOURCES = {"alpaca-eval": "alpaca-eval-preferences.jsonl", "hh-harmless": "hh-harmless-test.jsonl.gz"}
 SEED = 1
 HELD_OUT_SHARE = 0.25
-TRAIN_PAIRS = 600  # of each source
-MAX_PROMPT, MAX_TOKENS, MAX_WHOLE = 160, 256, 512  # tokens: of prompts, of pairs that may be cut, of answers kept whole
+TRAIN_PAIRS = 400  # of each source
+MAX_PROMPT, MAX_TOKENS, MAX_WHOLE = 128, 192, 512  # tokens: of prompts, of pairs that may be cut, of answers kept whole
 COMMON: dict[str, Any] = {"per_device_train_batch_size": 16, "micro_batch_tokens": 8192, "save_steps": 10**6}
 SFT: dict[str, Any] = {"learning_rate": 1e-3, "num_train_epochs": 2.0, "max_length": MAX_PROMPT + MAX_WHOLE}
-CUT: dict[str, Any] = {"max_length": MAX_TOKENS, "on_overflow": "truncate", "max_drop_rate": 0.2}
-# The model has a million parameters: it takes rates a thousand times those of large ones.
+CUT: dict[str, Any] = {"max_length": MAX_TOKENS, "on_overflow": "truncate"}
+# The model has a million parameters: it takes rates hundreds of times those of large ones.
+PREFERENCE: dict[str, Any] = {"learning_rate": 1e-4, "num_train_epochs": 2.0}
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
-    "sigmoid": ("dpo", {"learning_rate": 3e-4}),
-    "ipo": ("dpo", {"loss_type": "ipo", "learning_rate": 3e-4}),
-    "apo_zero": ("dpo", {"loss_type": "apo_zero", "learning_rate": 3e-4}),
-    "kto": ("kto", {"learning_rate": 3e-4, "per_device_train_batch_size": 32}),
-    "simpo": ("simpo", {"learning_rate": 3e-4}),
-    "orpo": ("orpo", {"learning_rate": 1e-3}),
-    "sigmoid_norm": ("dpo", {"loss_type": "sigmoid_norm", "learning_rate": 3e-4}),
+    "sigmoid": ("dpo", {}),
+    "ipo": ("dpo", {"loss_type": "ipo"}),
+    "apo_zero": ("dpo", {"loss_type": "apo_zero"}),
+    "kto": ("kto", {"per_device_train_batch_size": 32}),  # at three times this rate it pushes everything down
+    "simpo": ("simpo", {}),
+    "orpo": ("orpo", {"learning_rate": 3e-4, "beta": 1.0}),  # mostly likelihood: λ and rate at their upper ends
+    "sigmoid_norm": ("dpo", {"loss_type": "sigmoid_norm"}),
 }
 PER_TOKEN = {"simpo", "orpo", "sigmoid_norm"}
 DRIFT = ("sigmoid", "sigmoid_norm")
@@ -92,7 +93,7 @@ def main() -> None:
     asked.add_argument("--data", type=Path, default=Path(__file__).parents[1] / "../shared/data")
     asked.add_argument("--limit", type=int, default=None, help="rows per source")
     asked.add_argument("--losses", nargs="*", default=list(LOSSES), choices=list(LOSSES))
-    asked.add_argument("--prompts", type=int, default=128, help="held-out prompts sampled for the length drift")
+    asked.add_argument("--prompts", type=int, default=192, help="held-out prompts sampled for the length drift")
     given = asked.parse_args()
     base = load_policy(str(ASSETS / "tiny-base"))
     renderer = Renderer(base.tokenizer)
@@ -102,7 +103,8 @@ def main() -> None:
         start = after_sft(base, renderer, data, work)
         lines = [learn(loss, start, renderer, data, work) for loss in given.losses]
         drifts = [drift(loss, start, renderer, data["alpaca-eval"], work, given.prompts) for loss in DRIFT]
-    table(lines, drifts)
+    between(drifts[0][1], drifts[1][1])
+    table(lines, [line for line, _ in drifts])
 
 
 def split(file: Path, renderer: Renderer, limit: int | None) -> Split:
@@ -166,7 +168,7 @@ def learn(loss: str, start: Policy, renderer: Renderer, data: Mapping[str, Split
     method, keys = LOSSES[loss]
     policy = copy.deepcopy(start)
     rows = pair_rows([pair for found in data.values() for pair in found.train[:TRAIN_PAIRS]])
-    trained = train(method, policy, renderer, rows, {**CUT, **keys}, work / loss)
+    trained = train(method, policy, renderer, rows, {**PREFERENCE, **CUT, **keys}, work / loss)
     right: dict[str, list[bool]] = {}
     ranked: list[tuple[bool, bool]] = []
     longer: list[bool] = []
@@ -193,7 +195,7 @@ def learn(loss: str, start: Policy, renderer: Renderer, data: Mapping[str, Split
         },
         "train_pairs": len(rows),
         "train_accuracy_last_step": trained["reward_accuracy"],
-        "learning_rate": keys["learning_rate"],
+        "learning_rate": {**PREFERENCE, **keys}["learning_rate"],
         "seconds": trained["seconds"],
         **provenance(),
     }
@@ -233,12 +235,17 @@ def share(right: Sequence[bool]) -> dict[str, Any]:
 # --- how long answers become -----------------------------------------------------------------------------------------
 
 
-def drift(loss: str, start: Policy, renderer: Renderer, found: Split, work: Path, n: int) -> dict[str, Any]:
-    """Lengths of answers to the same held-out prompts with the same seeds, before and after."""
+def drift(
+    loss: str, start: Policy, renderer: Renderer, found: Split, work: Path, n: int
+) -> tuple[dict[str, Any], list[float]]:
+    """Lengths of answers to the same held-out prompts with the same seeds, before and after; the lengths after are
+    returned as well."""
     method, keys = LOSSES[loss]
     pairs = whole(found.train, renderer)
     policy = copy.deepcopy(start)
-    trained = train(method, policy, renderer, pair_rows(pairs), {**keys, **DRIFT_STEPS}, work / f"{loss}-drift")
+    trained = train(
+        method, policy, renderer, pair_rows(pairs), {**PREFERENCE, **keys, **DRIFT_STEPS}, work / f"{loss}-drift"
+    )
     prompts = [renderer.prompt_ids(pair.prompt, pair.id) for pair in found.held_out[:n]]
     before, after = (lengths(model, renderer, prompts) for model in (start, policy))
     held_out = renderer.pairs(whole(found.held_out, renderer))
@@ -264,7 +271,16 @@ def drift(loss: str, start: Policy, renderer: Renderer, found: Split, work: Path
         **provenance(),
     }
     print(json.dumps(line), flush=True)
-    return line
+    return line, after
+
+
+def between(plain: Sequence[float], normalised: Sequence[float]) -> None:
+    """How much longer the answers of the one are than those of the other, prompt by prompt."""
+    more = [a - b for a, b in zip(plain, normalised, strict=True)]
+    reach = bootstrap_mean(more, SEED, bounds=(-MAX_WHOLE, MAX_WHOLE))
+    line = {"metric": f"tokens sampled, {DRIFT[0]} less {DRIFT[1]}", "mean": round(fmean(more), 1)}
+    line |= {"interval": [round(reach.low, 1), round(reach.high, 1)], "prompts": len(more), **provenance()}
+    print(json.dumps(line), flush=True)
 
 
 def lengths(policy: Policy, renderer: Renderer, prompts: Sequence[tuple[int, ...]]) -> list[float]:

@@ -208,7 +208,11 @@ FAULTS = [
         "every answer cut",
         (sft(**data("long-answer"), on_overflow="truncate"),),
         EXIT_DATA,
-        ("long-answer.jsonl:1: not one of 1 answers ends with <|im_end|>", "never learn to stop.", "Raise max_length"),
+        (
+            "long-answer.jsonl:1: not one of 1 answers ends with <|im_end|>",
+            "learn to go on rather than to stop.",
+            "Raise max_length",
+        ),
     ),
     Fault(
         "beyond the positions",
@@ -331,7 +335,7 @@ def test_overlong_rows_are_counted_when_the_recipe_allows_them(place: Path, rule
     written = [json.loads(line) for line in next(place.glob("home/runs/small/*/rows.jsonl")).read_text().splitlines()]
     assert written[-1]["reason"].startswith("longer than 64 tokens" if rule == "drop" else "2")
     if rule == "truncate":
-        assert "1-sft: 1 of 2 answers end with <|im_end|>, where sampling stops" in said
+        assert "1-sft: 1 of 2 answers end with <|im_end|>, where sampling stops; 1 were cut and stay open" in said
 
 
 def test_contaminated_rows_are_left_out_by_name_when_the_recipe_says_drop(place: Path) -> None:

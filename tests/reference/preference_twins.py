@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp, log
@@ -179,3 +180,16 @@ def kl_baseline(mismatched: Sequence[Answer]) -> float:
     for answer in mismatched:
         mean += answer.x / len(mismatched)
     return max(0.0, mean)
+
+
+def random_pairs(seed: int) -> list[PairOf]:
+    rng = random.Random(seed)
+
+    def answer() -> Answer:
+        before = [-rng.expovariate(0.5) for _ in range(rng.randint(1, 9))]
+        return Answer([x + rng.gauss(-0.05, 0.3) for x in before], before)
+
+    def below_zero(a: Answer) -> Answer:
+        return Answer([min(x, -1e-3) for x in a.policy], a.reference)
+
+    return [PairOf(below_zero(answer()), below_zero(answer())) for _ in range(1 + seed % 5)]

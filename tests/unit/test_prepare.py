@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.data import prepare as prepare_module
-from posttrain.data import templates
 from posttrain.data.formats import Dropped, stream
 from posttrain.data.job import KINDS, Job
 from posttrain.data.ledger import ROWS, Bucket, Entry, Ledger
@@ -60,7 +59,7 @@ def tasks(n: int) -> Iterator[Task]:
 
 PATHS: dict[str, tuple[Job, list[Any]]] = {
     "all turns": (JOB, list(conversations(700))),
-    "last turn": (replace(JOB, train_on="last"), list(conversations(300))),
+    "last turn": (replace(JOB, loss_on="last_turn"), list(conversations(300))),
     "pairs": (replace(JOB, kind="pair"), list(pairs(300))),
     "prompts": (replace(JOB, kind="task", room=16), list(tasks(300))),
 }
@@ -280,10 +279,9 @@ def test_a_large_vocabulary_needs_wider_numbers(tmp_path: Path) -> None:
     assert np.dtype("uint32").itemsize == 4
 
 
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     """Python's own peak for 3,000 rows is that for 600: what is in memory is a chunk or two."""
     peaks = []
-    monkeypatch.setattr(templates, "RENDERS_REMEMBERED", 64)
     warm = renderer()
     run(conversations(300), tmp_path)
     for n in (600, 3000):

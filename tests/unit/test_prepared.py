@@ -91,7 +91,7 @@ def test_what_only_says_how_to_prepare_is_no_part_of_it(stage: Stage) -> None:
 CHANGES: dict[str, dict[str, Any]] = {
     "max_length": {"max_length": 63},
     "on_overflow": {"on_overflow": "drop"},
-    "which answers": {"train_on": "last"},
+    "which answers": {"loss_on": "last_turn"},
     "limit": {"datasets": [{"path": "train.jsonl", "limit": 5}]},
     "columns": {"datasets": [{"path": "train.jsonl", "columns": {"prompt": "completion", "completion": "prompt"}}]},
 }

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.data.ledger import Bucket, Entry
-from posttrain.data.length import OnOverflow, Overflow, fit, overflow
-from posttrain.data.render import Renderer, TrainOn
+from posttrain.data.length import Lengths, OnOverflow, Overflow, fit, overflow
+from posttrain.data.render import LossOn, Renderer
 from posttrain.data.store import Packed, pack
 from posttrain.records import Example, Judged, Pair, Rated, Row, Stepwise, Task, Tree
 
@@ -22,7 +22,7 @@ class Job:
     max_length: int
     on_overflow: OnOverflow
     token_type: str
-    train_on: TrainOn = "all"
+    loss_on: LossOn = "assistant"
     room: int = 0  # tokens of an answer that is still to be sampled
 
 
@@ -33,13 +33,15 @@ class Rendered:
     entries: tuple[Entry, ...]
     trees: Packed
     overflow: Overflow
+    lengths: Lengths
     n_answers: int  # of conversations; plain text is none
     n_ending: int  # answers whose last token stops the sampler and carries loss
 
 
 def render_rows(renderer: Renderer, job: Job, rows: Sequence[Row]) -> Rendered:
     trees = KINDS[job.kind].trees(renderer, rows, job) if rows else []
-    fitted = [fit(tree, job.max_length, job.on_overflow, job.bucket, job.room) for tree in trees]
+    together = job.kind != "example"  # a conversation whose last answer does not fit still has the ones before
+    fitted = [fit(tree, job.max_length, job.on_overflow, job.bucket, job.room, together=together) for tree in trees]
     kept = [tree for tree, _ in fitted if tree is not None]
     stops = frozenset(renderer.stop_token_ids)
     # Long plain text is often cut, and not there to teach stopping.
@@ -49,13 +51,14 @@ def render_rows(renderer: Renderer, job: Job, rows: Sequence[Row]) -> Rendered:
         entries=tuple(entry for _, entry in fitted),
         trees=pack(kept, job.token_type),
         overflow=overflow(trees, job.max_length, job.room),
+        lengths=Lengths.of(trees, job.room),
         n_answers=len(answers),
         n_ending=sum(b.token_ids[-1] in stops and b.scored[-1] for b in answers),
     )
 
 
 def _examples(renderer: Renderer, rows: Sequence[Any], job: Job) -> list[Tree]:
-    return renderer.examples(rows, job.train_on)
+    return renderer.examples(rows, job.loss_on)
 
 
 def _pairs(renderer: Renderer, rows: Sequence[Any], _job: Job) -> list[Tree]:
@@ -75,7 +78,7 @@ def _stepwise(renderer: Renderer, rows: Sequence[Any], _job: Job) -> list[Tree]:
 
 def _prompts(renderer: Renderer, rows: Sequence[Any], _job: Job) -> list[Tree]:
     """A prompt without branches: its answers are still to be sampled."""
-    return [Tree(task.id, renderer.prompt_ids(task.prompt, task.id), ()) for task in rows]
+    return [Tree(task.id, renderer.prompt_ids(task.prompt, task.id, task.tools), ()) for task in rows]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,17 +10,17 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from posttrain.data.formats import Dropped
 from posttrain.data.job import Job, Rendered, render_rows
 from posttrain.data.ledger import ROWS, Bucket, Counts, Entry, Ledger, Lost
-from posttrain.data.length import Overflow
+from posttrain.data.length import Lengths, Overflow
 from posttrain.data.render import Renderer
 from posttrain.data.store import TreeWriter
 from posttrain.data.worker import Workers
@@ -71,6 +71,7 @@ class Summary:
     n_ending: int  # answers whose last token stops the sampler and carries loss
     notes: tuple[str, ...]
     first_id: str = ""
+    lengths: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # percentiles of tokens
 
     def write(self, directory: Path, **more: Any) -> None:
         stored = asdict(self) | {"counts": self.counts.as_dict()} | more
@@ -104,7 +105,7 @@ def prepare(
     `processes` None: as many as there are cores, once the rows turn out to be worth it. Raises the DataError of the
     first row that is at fault, in the order of the rows, whatever process found it.
     """
-    over = Overflow()
+    over, lengths = Overflow(), Lengths()
     n_rows = n_answers = n_ending = 0
     first_id = ""
     with ExitStack() as stack:
@@ -120,6 +121,7 @@ def prepare(
                 ledger.put(item.id, item.entry if isinstance(item, Lost) else next(entries))
             writer.add(done.trees)
             over += done.overflow
+            lengths += done.lengths
             n_rows += len(chunk)
             n_answers += done.n_answers
             n_ending += done.n_ending
@@ -127,9 +129,9 @@ def prepare(
             progress(n_rows, writer.n_tokens, crew.n)
         counts = ledger.close()
     if job.on_overflow == "error":
-        over.refuse(job.max_length, n_rows)
+        over.refuse(job.max_length, n_rows, lengths)
     notes = tuple(note for screen in screens for note in screen.notes())
-    return Summary(counts, writer.n_trees, writer.n_tokens, n_answers, n_ending, notes, first_id)
+    return Summary(counts, writer.n_trees, writer.n_tokens, n_answers, n_ending, notes, first_id, lengths.percentiles())
 
 
 def refuse_losses(counts: Counts, max_drop_rate: float) -> None:

@@ -26,6 +26,7 @@ import posttrain.data
 from posttrain.data.formats import Dropped, Source, stream
 from posttrain.data.job import KINDS, Job
 from posttrain.data.ledger import ROWS, Bucket, Counts
+from posttrain.data.length import in_words
 from posttrain.data.prepare import Screen, Summary, prepare, refuse_losses
 from posttrain.data.sources import content_hash
 from posttrain.data.store import PreparedTrees, token_type
@@ -39,6 +40,7 @@ from posttrain.settings import DatasetSettings, StageSettings
 from posttrain.train.loop import Trained
 
 EVALUATION_ROWS = "rows-eval.jsonl"  # the ledger of eval_datasets, beside that of the training rows
+MIN_ENDING = 0.5  # share of the answers that must end: below, most of them were cut
 SOURCES = "sources"  # in prepared.json, beside the summary
 LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "py3langid")  # what else decides rows and token ids
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -89,7 +91,13 @@ def training_rows(stage: Stage, s: StageSettings, kind: str) -> Prepared:
     """The rows to train on: screened, fitted to max_length, accounted for in rows.jsonl."""
     refuse_beyond_positions(stage, s.max_length)
     found = _rows(stage, s, s.datasets, kind, Bucket.TRAINED, screens_of(stage, s), screening(stage, s), ROWS)
-    for line in (*found.sources, *found.summary.notes, found.counts.summary(), _supervised(found.counts)):
+    for line in (
+        *found.sources,
+        *found.summary.notes,
+        *_lengths(found),
+        found.counts.summary(),
+        _supervised(found.counts),
+    ):
         stage.reporter.line(f"{stage.name}: {line}")
     return found
 
@@ -117,11 +125,14 @@ def refuse_unending(stage: Stage, found: Prepared) -> None:
     if not n_answers:
         return  # plain text, which is not there to teach stopping
     end = stage.renderer.template.end.strip()
-    stage.reporter.line(f"{stage.name}: {n_ending:,} of {n_answers:,} answers end with {end}, where sampling stops")
-    if not n_ending:
+    cut = f"; {n_answers - n_ending:,} were cut and stay open" if n_ending < n_answers else ""
+    stage.reporter.line(
+        f"{stage.name}: {n_ending:,} of {n_answers:,} answers end with {end}, where sampling stops{cut}"
+    )
+    if n_ending < MIN_ENDING * n_answers:
         raise DataError(
-            f"not one of {n_answers:,} answers ends with {end} as a token with loss, so the model would never learn "
-            "to stop.",
+            f"{f'only {n_ending:,}' if n_ending else 'not one'} of {n_answers:,} answers ends with {end} as a token "
+            "with loss, so the model would learn to go on rather than to stop.",
             where=found.summary.first_id,
             remedy="Raise max_length so that whole answers fit, or set on_overflow: drop.",
         )
@@ -129,6 +140,10 @@ def refuse_unending(stage: Stage, found: Prepared) -> None:
 
 def stage_result(trained: Trained, found: Prepared, evaluation: Prepared | None) -> StageResult:
     return StageResult(trained, found.sources, found.counts, evaluation.counts if evaluation else None)
+
+
+def _lengths(found: Prepared) -> list[str]:
+    return [in_words(found.summary.lengths)] if found.summary.lengths else []
 
 
 def _supervised(counts: Counts) -> str:
@@ -152,7 +167,7 @@ def _rows(
         max_length=s.max_length,
         on_overflow=s.on_overflow,
         token_type=token_type(len(stage.renderer.tokenizer)),
-        train_on=getattr(s, "train_on", "all"),
+        loss_on=getattr(s, "loss_on", "assistant"),
         room=getattr(s, "max_completion_length", 0) if kind == "task" else 0,
     )
     content = tuple(content_hash(dataset, stage.resolve) for dataset in datasets)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+from posttrain.errors import ModelError
 from posttrain.network import go_offline_if_unreachable
 
 
@@ -32,3 +34,18 @@ def reach(source: str) -> None:
     hush()
     if not Path(source).is_dir():
         go_offline_if_unreachable()
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a model folder or Hub name, without its weights."""
+    reach(source)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as fault:
+        said = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        raise ModelError(
+            f"model {source!r} has no tokenizer that can be loaded: {said.rstrip('.')}.",
+            remedy="Give a model folder, a Hub name you have access to, or builtin:tiny-base.",
+        ) from fault

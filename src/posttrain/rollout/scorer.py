@@ -15,7 +15,7 @@ from posttrain.losses.reward import STEP_AGGREGATES
 from posttrain.models.load import LoadOptions
 from posttrain.models.policy import Policy
 from posttrain.models.value import at_ends, load_scorer, read_scores, reads_steps
-from posttrain.records import Example, Message, Pair, Stepwise, Tree
+from posttrain.records import Message, Pair, Rated, Stepwise, Tree
 
 TOKENS = 8192  # in one forward pass
 BLOCK = 512  # trees sorted by length together
@@ -114,9 +114,8 @@ class Scorer:
         if self.steps:
             steps = tuple(line for line in answer.text.split(STEP_END) if line.strip()) or ("",)
             return self.renderer.stepwise([Stepwise(name, answer.prompt, steps, (True,) * len(steps))])[0]
-        return at_ends(
-            self.renderer.example(Example(name, (*answer.prompt, Message("assistant", answer.text))), "last")
-        )
+        row = Rated(name, answer.prompt, (Message("assistant", answer.text),), good=True)
+        return at_ends(self.renderer.rated([row])[0])
 
     def _value(self, scores: Sequence[float]) -> float:
         p_K = torch.tensor(scores, dtype=torch.float64).sigmoid()

@@ -37,7 +37,8 @@ def _conversation(row: RawRow, column: str) -> Example:
 
 def _from_prompt_completion(row: RawRow) -> Example:
     answer = answer_of(row, "completion")
-    return Example(row.id, as_context(prompt_of(row)) + answer, tools=tools_of(row))
+    prompt = as_context(prompt_of(row))
+    return Example(row.id, prompt + answer, tools=tools_of(row), n_prompt=len(prompt))
 
 
 def _from_alpaca(row: RawRow) -> Example:
@@ -50,7 +51,8 @@ def _from_alpaca(row: RawRow) -> Example:
     asked = text_of(row, "instruction")
     if given(row, "input") and row.fields["input"] != "":
         asked = f"{asked}\n\n{text_of(row, 'input')}"
-    return Example(row.id, (*system_of(row, ()), Message("user", asked), Message("assistant", text_of(row, "output"))))
+    prompt = (*system_of(row, ()), Message("user", asked))
+    return Example(row.id, (*prompt, Message("assistant", text_of(row, "output"))), n_prompt=len(prompt))
 
 
 def _from_text(row: RawRow) -> Example:
