@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 
 from posttrain.data.render import STEP_END, Renderer
-from posttrain.errors import PosttrainError
+from posttrain.errors import DataError, PosttrainError
 from posttrain.losses.reward import STEP_AGGREGATES
 from posttrain.models.load import LoadOptions
 from posttrain.models.policy import Policy
@@ -56,7 +56,9 @@ class Scorer:
         """Scores of chosen and rejected; of a process reward model the logit of the aggregate of its steps."""
         rows = list(rows)
         if not self.steps:
-            found = self.trees([at_ends(tree) for tree in self.renderer.pairs(rows)])
+            trees = [at_ends(tree) for tree in self.renderer.pairs(rows)]
+            self._refuse_too_long(trees)
+            found = self.trees(trees)
             return [(chosen[0], rejected[0]) for chosen, rejected in found]
         sides = [
             Answer(row.prompt + side[:-1], side[-1].content) for row in rows for side in (row.chosen, row.rejected)
@@ -83,6 +85,16 @@ class Scorer:
         for place, (scores,) in zip(places, self.trees(trees), strict=True):
             verdicts[place] = Verdict(self._value(scores), scores)
         return verdicts
+
+    def _refuse_too_long(self, trees: Sequence[Tree]) -> None:
+        for tree in trees:
+            longest = len(tree.trunk_ids) + max(len(branch.token_ids) for branch in tree.branches)
+            if longest > self.room:
+                raise DataError(
+                    f"prompt and answer are {longest} tokens, and {self.label} knows {self.room} positions.",
+                    where=tree.id,
+                    remedy="Leave out pairs that long.",
+                )
 
     @property
     def room(self) -> int:
