@@ -72,7 +72,7 @@ def test_micro_batches_are_cut_by_tokens_longest_first() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_count_is_of_the_whole_step(method: str, tmp_path: Path) -> None:
-    """SFT: scored tokens. Steps of answers. Pairs, or rated answers. GRPO: answers with a verdict, left-out groups included."""
+    """Scored tokens, steps, pairs or rated answers. GRPO: answers with a verdict, left-out groups included."""
     policy = toy.policy_for(method)
     objective = toy.METHODS[method].objective(policy, toy.METHODS[method].settings(), toy.place_in(tmp_path))
     batch = objective.batch(0)
