@@ -22,7 +22,7 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -31,23 +31,26 @@ from typing import Any
 import torch
 
 from posttrain.data.formats import read_pairs
-from posttrain.data.ledger import Ledger, fit
+from posttrain.data.ledger import Bucket
+from posttrain.data.length import fit
 from posttrain.data.render import Renderer
 from posttrain.gate.stats import bootstrap_mean, paired_binary, wilson
 from posttrain.losses.pairs import PairLogps
+from posttrain.methods import dpo, kto, orpo, simpo
 from posttrain.methods.against import answers_now
+from posttrain.methods.pairs import PairLoss, pair_objective
 from posttrain.methods.registry import METHODS
 from posttrain.methods.stage import Stage
 from posttrain.models.load import load_policy
-from posttrain.models.policy import Policy
+from posttrain.models.policy import Policy, disable_dropout
 from posttrain.models.reference import Reference
 from posttrain.paths import ASSETS
 from posttrain.records import Pair, Request, Sampling, Status, Tree
 from posttrain.reporting import Reporter
 from posttrain.rollout.local import LocalEngine
 from posttrain.settings import METHODS as SETTINGS
-from posttrain.settings import DatasetSettings
-from posttrain.train.loop import Place
+from posttrain.settings import DatasetSettings, KTOSettings
+from posttrain.train.loop import Place, train
 from posttrain.train.metrics import read_metrics
 
 SOURCES = {"alpaca-eval": "alpaca-eval-preferences.jsonl", "hh-harmless": "hh-harmless-test.jsonl.gz"}
@@ -56,8 +59,7 @@ HELD_OUT_SHARE = 0.25
 TRAIN_PAIRS = 400  # of each source
 MAX_PROMPT, MAX_TOKENS, MAX_WHOLE = 128, 192, 512  # tokens: of prompts, of pairs that may be cut, of answers kept whole
 COMMON: dict[str, Any] = {"per_device_train_batch_size": 16, "micro_batch_tokens": 8192, "save_steps": 10**6}
-SFT: dict[str, Any] = {"learning_rate": 1e-3, "num_train_epochs": 2.0, "max_length": MAX_PROMPT + MAX_WHOLE}
-CUT: dict[str, Any] = {"max_length": MAX_TOKENS, "on_overflow": "truncate"}
+SFT: dict[str, Any] = {**COMMON, "learning_rate": 1e-3, "num_train_epochs": 2.0, "max_length": MAX_PROMPT + MAX_WHOLE}
 # The model has a million parameters: it takes rates hundreds of times those of large ones.
 PREFERENCE: dict[str, Any] = {"learning_rate": 1e-4, "num_train_epochs": 2.0}
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -68,6 +70,11 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "simpo": ("simpo", {}),
     "orpo": ("orpo", {"learning_rate": 3e-4, "beta": 1.0}),  # mostly likelihood: λ and rate at their upper ends
     "sigmoid_norm": ("dpo", {"loss_type": "sigmoid_norm"}),
+}
+PAIR_LOSSES: dict[str, Callable[[Any], PairLoss]] = {
+    "dpo": dpo.pair_loss,
+    "simpo": simpo.pair_loss,
+    "orpo": orpo.pair_loss,
 }
 PER_TOKEN = {"simpo", "orpo", "sigmoid_norm"}
 DRIFT = ("sigmoid", "sigmoid_norm")
@@ -132,9 +139,11 @@ def whole(pairs: Sequence[Pair], renderer: Renderer) -> list[Pair]:
 
 def after_sft(base: Policy, renderer: Renderer, data: Mapping[str, Split], work: Path) -> Policy:
     pairs = [pair for found in data.values() for pair in whole(found.train, renderer)]
-    rows = [{"prompt": messages(p.prompt), "completion": messages(p.chosen)} for p in pairs]
+    file = work / "sft.jsonl"
+    rows = [{"prompt": messages(pair.prompt), "completion": messages(pair.chosen)} for pair in pairs]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     policy = copy.deepcopy(base)
-    train("sft", policy, renderer, rows, SFT, work / "sft")
+    METHODS["sft"](stage_in(work / "sft", policy, renderer), SETTINGS["sft"](datasets=[{"path": str(file)}], **SFT))
     return policy
 
 
@@ -142,33 +151,33 @@ def messages(said: Sequence[Any]) -> list[dict[str, Any]]:
     return [message.as_dict() for message in said]
 
 
-def train(
-    method: str, policy: Policy, renderer: Renderer, rows: Sequence[Any], keys: Mapping[str, Any], place: Path
-) -> dict[str, Any]:
-    """Train in place; the last line of its metrics, with the seconds it took."""
+def stage_in(place: Path, policy: Policy, renderer: Renderer) -> Stage:
     place.mkdir(parents=True)
-    file = place / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    s = SETTINGS[method](datasets=[{"path": str(file)}], **{**COMMON, **keys})
+    return Stage(policy, renderer, Path, Place(place, SEED, place.name), Reporter(quiet=True), ())
+
+
+def train_on(trees: Sequence[Tree], loss: str, stage: Stage, **changes: Any) -> dict[str, Any]:
+    """Train in place; the last line of its metrics, with the seconds it took. Rows come as trees: most answers of one
+    source are cut here, which a recipe would refuse to learn endings from."""
+    method, keys = LOSSES[loss]
+    s = SETTINGS[method](datasets=[{"path": "-"}], **{**COMMON, **PREFERENCE, **keys, **changes})
     began = time.perf_counter()
-    stage = Stage(policy, renderer, Path, Place(place, SEED, method), Reporter(quiet=True), ())
-    METHODS[method](stage, s)
+    disable_dropout(stage.policy.model)
+    if isinstance(s, KTOSettings):
+        train(stage.policy, kto.kto_objective(stage, s, kto.rated_trees(trees, {}), []), s, stage.place, stage.reporter)
+    else:
+        objective = pair_objective(stage, s, PAIR_LOSSES[method](s), trees, [])
+        train(stage.policy, objective, s, stage.place, stage.reporter)
     return {**read_metrics(stage.place.metrics)[-1], "seconds": round(time.perf_counter() - began, 1)}
-
-
-def pair_rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    sides = ("prompt", "chosen", "rejected")
-    return [{side: messages(getattr(pair, side)) for side in sides} for pair in pairs]
 
 
 # --- what was learned ------------------------------------------------------------------------------------------------
 
 
 def learn(loss: str, start: Policy, renderer: Renderer, data: Mapping[str, Split], work: Path) -> dict[str, Any]:
-    method, keys = LOSSES[loss]
     policy = copy.deepcopy(start)
-    rows = pair_rows([pair for found in data.values() for pair in found.train[:TRAIN_PAIRS]])
-    trained = train(method, policy, renderer, rows, {**PREFERENCE, **CUT, **keys}, work / loss)
+    rows = [tree for found in data.values() for tree in cut(renderer.pairs(found.train[:TRAIN_PAIRS]))]
+    trained = train_on(rows, loss, stage_in(work / loss, policy, renderer), max_length=MAX_TOKENS)
     right: dict[str, list[bool]] = {}
     ranked: list[tuple[bool, bool]] = []
     longer: list[bool] = []
@@ -195,7 +204,7 @@ def learn(loss: str, start: Policy, renderer: Renderer, data: Mapping[str, Split
         },
         "train_pairs": len(rows),
         "train_accuracy_last_step": trained["reward_accuracy"],
-        "learning_rate": {**PREFERENCE, **keys}["learning_rate"],
+        "learning_rate": {**PREFERENCE, **LOSSES[loss][1]}["learning_rate"],
         "seconds": trained["seconds"],
         **provenance(),
     }
@@ -204,7 +213,8 @@ def learn(loss: str, start: Policy, renderer: Renderer, data: Mapping[str, Split
 
 
 def cut(trees: Sequence[Tree]) -> list[Tree]:
-    return fit(trees, MAX_TOKENS, "truncate", 1.0, Ledger([tree.id for tree in trees]))
+    fitted = [fit(tree, MAX_TOKENS, "truncate", Bucket.TRAINED)[0] for tree in trees]
+    return [tree for tree in fitted if tree is not None]
 
 
 def sides(policy: Policy, trees: Sequence[Tree]) -> Sides:
@@ -240,19 +250,16 @@ def drift(
 ) -> tuple[dict[str, Any], list[float]]:
     """Lengths of answers to the same held-out prompts with the same seeds, before and after; the lengths after are
     returned as well."""
-    method, keys = LOSSES[loss]
-    pairs = whole(found.train, renderer)
+    trees = renderer.pairs(whole(found.train, renderer))
     policy = copy.deepcopy(start)
-    trained = train(
-        method, policy, renderer, pair_rows(pairs), {**PREFERENCE, **keys, **DRIFT_STEPS}, work / f"{loss}-drift"
-    )
+    trained = train_on(trees, loss, stage_in(work / f"{loss}-drift", policy, renderer), **DRIFT_STEPS)
     prompts = [renderer.prompt_ids(pair.prompt, pair.id) for pair in found.held_out[:n]]
     before, after = (lengths(model, renderer, prompts) for model in (start, policy))
     held_out = renderer.pairs(whole(found.held_out, renderer))
     right = gained(sides(start, held_out), sides(policy, held_out), per_token=loss in PER_TOKEN)
     changes = [b - a for a, b in zip(before, after, strict=True)]
     change = bootstrap_mean(changes, SEED, bounds=(-MAX_WHOLE, MAX_WHOLE))
-    tokens = [[sum(b.scored) for b in tree.branches] for tree in renderer.pairs(pairs)]
+    tokens = [[sum(b.scored) for b in tree.branches] for tree in trees]
     line = {
         "metric": "length drift",
         "loss": loss,
@@ -264,7 +271,7 @@ def drift(
         "cut_before": sum(x >= MAX_WHOLE for x in before),
         "cut_after": sum(x >= MAX_WHOLE for x in after),
         "held_out": share(right),
-        "train_pairs": len(pairs),
+        "train_pairs": len(trees),
         "train_tokens_chosen": round(fmean(c for c, _ in tokens), 1),
         "train_tokens_rejected": round(fmean(r for _, r in tokens), 1),
         "seconds": trained["seconds"],

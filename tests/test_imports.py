@@ -16,7 +16,7 @@ PACKAGE = SOURCE / "posttrain"
 
 LEVELS = [
     {"errors", "intervals", "network", "records", "settings", "paths", "recipe", "reporting", "seeds"},
-    {"data", "models", "losses", "rewards", "registry"},
+    {"data", "models", "losses", "rewards", "registry", "importers"},
     {"rollout", "train"},
     {"methods", "gate"},
     {"pipeline"},
@@ -35,6 +35,7 @@ TORCH_FREE = [
     "posttrain.reporting",
     "posttrain.seeds",
     "posttrain.recipe",
+    "posttrain.importers",
     "posttrain.data.prepare",
     "posttrain.data.worker",
     "posttrain.data.whereabouts",

@@ -40,6 +40,7 @@ def refusal(path: Path, kind: Any = Example, **keys: Any) -> str:
     with pytest.raises(DataError) as fault:
         list(read(path, kind, **keys))
     assert fault.value.exit_code == EXIT_DATA
+    assert str(fault.value).isprintable(), "one line that a terminal can bear"
     return str(fault.value)
 
 

@@ -128,7 +128,7 @@ def test_tokens_are_counted_with_a_model_s_tokenizer(capsys: pytest.CaptureFixtu
         (("audit", "."), 3, "is a folder."),
         (("audit", "odd.jsonl"), 3, "the columns fit no known format: how, why."),
         (("audit", "odd.jsonl", "--column", "prompt"), 2, "--column prompt is not OURS=THEIRS."),
-        (("audit", "rows.jsonl", "--format", "parquet"), 2, "--format parquet is not known. Formats are preference,"),
+        (("audit", "rows.jsonl", "--format", "parquet"), 2, "--format parquet is not known. Formats are auto,"),
         (("filter", "rows.jsonl", "--out", "x.jsonl"), 2, "nothing is asked for."),
         (("filter", "rows.jsonl", "--out", "x.txt", "--pii", "mask"), 2, "must end in .jsonl or .jsonl.gz"),
         (("filter", "rows.jsonl", "--out", "x.jsonl", "--pii", "hide"), 2, "--pii = \"hide\" must be 'off', "),

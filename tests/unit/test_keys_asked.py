@@ -90,7 +90,9 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     shutil.copy(folder / "sft.jsonl", folder / "set" / "train.jsonl")
     mixed = [{"path": "sft.jsonl", "weight": 3.0, "shuffle_seed": 1}, {"path": "set", "weight": 1.0}]
     rows(folder / "eval.jsonl", [{"prompt": "Fine?", "completion": "ok"}] * 2)
-    lora = dict(adapter="lora", lora={"r": 4}, max_steps=2, learning_rate=1e-3, lr_scheduler_type="linear")
+    lora = dict(
+        adapter="dora", lora={"r": 4, "loraplus": True}, max_steps=2, learning_rate=1e-3, lr_scheduler_type="linear"
+    )
     back = {"retry": {"stage": "2-sft", "max": 1}}
     clean = {"dedup": {"near": 0.9}, "decontaminate": {"against": ["held-out.jsonl"]}}
     pairs = [{"prompt": f"Is it {i}?", "chosen": "now", "rejected": "ok"} for i in range(12)]

@@ -5,12 +5,14 @@ Planted: mismatched answers that match, a class that is missing.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import toy
+from small_run import go, preference, recipe, rows, sft, small_data, tiny_base
 from stepped import ALL_AT_ONCE, ONE_BY_ONE, step
 from tiny import byte_tokenizer, largest_gap, random_tree
 
@@ -18,6 +20,7 @@ from posttrain.data.render import Renderer
 from posttrain.errors import DataError
 from posttrain.methods import kto
 from posttrain.records import Message, Pair, Rated
+from posttrain.train.metrics import read_metrics
 
 
 def test_kto_measures_its_baseline_once_over_the_whole_step(tmp_path: Path) -> None:
@@ -93,3 +96,18 @@ def test_a_rated_row_renders_like_the_chosen_side_of_a_pair() -> None:
     assert rated == replace(pair, branches=pair.branches[:1])
     with pytest.raises(DataError, match="must begin with an assistant message"):
         renderer.rated([Rated("p", prompt, prompt, good=True)])
+
+
+def test_a_file_of_thumbs_trains_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three quarters good: the good answer gains on the bad one, and the weights say how the classes were balanced."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tiny_base(tmp_path / "base")
+    small_data(tmp_path)
+    asked = [json.loads(line)["prompt"] for line in (tmp_path / "dpo.jsonl").read_text().splitlines()]
+    thumbs = [{"prompt": q, "completion": "now" if i % 4 else "ok", "label": bool(i % 4)} for i, q in enumerate(asked)]
+    rows(tmp_path / "thumbs.jsonl", thumbs)
+    stages = sft(), preference("kto", datasets=[{"path": "thumbs.jsonl"}], max_steps=20)
+    report, said = go(recipe(tmp_path, *stages), tmp_path / "home")
+    assert "2-kto: 45 good answers weigh 1 each, 15 bad ones 2.25: good over bad is 1.33" in said
+    metrics = read_metrics(tmp_path / "home" / "runs" / "small" / report.outcomes[1].artefact.version / "metrics.jsonl")
+    assert metrics[-1]["reward_good"] > metrics[-1]["reward_bad"] + 0.05

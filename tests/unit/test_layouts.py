@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from data_help import shared, write_rows
 
-from posttrain.data.formats import Dropped, Source, stream
+from posttrain.data.formats import Dropped, Source, kind_of, stream
 from posttrain.errors import DataError
 from posttrain.records import Example, Message, Pair, Rated, Row, Stepwise, Task, ToolCall
 from posttrain.settings import DatasetSettings
@@ -448,3 +448,19 @@ def test_real_transcripts_are_many_turned() -> None:
     turns = [sum(m.role == "user" for m in pair.prompt) for pair in kept]
     assert len(kept) == 2308 and max(turns) > 5 and sum(n > 1 for n in turns) > len(turns) / 2
     assert all(a.role != b.role for pair in kept for a, b in zip(pair.prompt, pair.prompt[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "messages": [USER, HELLO]}, Pair),
+        ({"prompt": "a", "completion": "b", "label": 1}, Rated),
+        ({"prompt": "a", "completions": ["b"], "labels": [1]}, Stepwise),
+        ({"prompt": "a", "completion": "b"}, Example),
+        ({"text": "a"}, Example),
+        ({"question": "a", "answer": "b"}, Task),
+    ],
+)
+def test_the_kind_of_a_file_that_no_stage_reads(tmp_path: Path, row: dict[str, Any], kind: type) -> None:
+    write_rows(tmp_path / "d.jsonl", [row])
+    assert kind_of(DatasetSettings(path="d.jsonl"), lambda path: tmp_path / path) is kind

@@ -20,6 +20,7 @@ from posttrain.errors import (
 )
 from posttrain.gate import answer
 from posttrain.methods.registry import METHODS
+from posttrain.models.quantised import full_weight
 from posttrain.pipeline import RunReport
 from posttrain.pipeline import stage as pipeline_stage
 from posttrain.registry.artefact import load_ref, save_artefact
@@ -351,7 +352,7 @@ def test_a_merge_that_loses_the_adapter_is_refused_and_never_gets_a_name(
 ) -> None:
     written = recipe(place, sft(adapter="lora", lora={"r": 4}, learning_rate=2e-2))
     with monkeypatch.context() as patch:
-        patch.setattr("posttrain.models.load._adapter_deltas", lambda _model: {})
+        patch.setattr("posttrain.models.merge._merged_weight", lambda layer: full_weight(layer.get_base_layer()))
         with pytest.raises(ArtefactError, match=r"the saved model is not the trained one: its log-probs differ by"):
             go(written, place / "home")
         assert not list((place / "home/artefacts/small").iterdir())

@@ -88,11 +88,17 @@ def test_a_sound_recipe_is_read_whole() -> None:
         ("max_steps: true", "sft.max_steps = true must be a whole number."),
         ("weight_decay: -0.1", "sft.weight_decay = -0.1 must be at least 0."),
         ("max_drop_rate: 2", "sft.max_drop_rate = 2 must be at most 1."),
-        ("adapter: dora", "sft.adapter = \"dora\" must be 'none' or 'lora'."),
+        ("adapter: dorra", "sft.adapter = \"dorra\" must be 'none', 'lora', 'dora' or 'qlora'."),
         ("gradient_checkpointing: yes", 'sft.gradient_checkpointing = "yes" must be true or false.'),
         ("gate: {suite: held.yaml, on_fail: halt}", "must be 'stop' or 'keep_parent' or a section of keys."),
         ("adapter: lora\n      lora: {rank: 8}", "sft.lora.rank is not a key here. Use r."),
-        ("lora: {r: 8}", "sft.lora is set but never read: adapter is none. Set adapter: lora, or remove lora."),
+        (
+            "lora: {r: 8}",
+            "sft.lora is set but never read: adapter is none. Set adapter: lora, dora or qlora, or remove lora.",
+        ),
+        ("use_dora: true", "sft.use_dora is not a key here. Use adapter: dora."),
+        ("load_in_4bit: true", "sft.load_in_4bit is not a key here. Use adapter: qlora."),
+        ("optim: adafactor", "sft.optim = \"adafactor\" must be 'adamw', 'adamw_8bit' or 'paged_adamw_8bit'."),
         ("eval_steps: 5", "sft.eval_steps is set but never read: there are no eval_datasets."),
         ("load_best_model_at_end: true", "sft.load_best_model_at_end needs eval_datasets"),
         ("eval_datasets: [{path: rows.jsonl}]", "names rows.jsonl, which is also in datasets"),
@@ -267,8 +273,22 @@ def test_all_faults_are_told_at_once_in_the_order_of_the_file() -> None:
     assert "grpo.rewards is missing" in found[7]
 
 
+@pytest.mark.parametrize(
+    ("adapter", "lora", "message"),
+    [
+        ("lora", "loraplus_lr_ratio: 8", "sft.lora.loraplus_lr_ratio is set but never read: loraplus is false."),
+        ("qlora", "init: pissa", "sft.lora.init = pissa takes its start out of the base weights, which qlora freezes"),
+        ("dora", "target_modules: '*_proj'", 'sft.lora.target_modules = "*_proj" is no regular expression: nothing to'),
+        ("lora", "loraplus: true, loraplus_lr_ratio: 0.5", "sft.lora.loraplus_lr_ratio = 0.5 must be at least 1"),
+        ("lora", "init: eva", 'sft.lora.init = "eva" must be'),
+    ],
+)
+def test_adapter_keys_that_cannot_mean_what_they_say(adapter: str, lora: str, message: str) -> None:
+    assert message in only_fault(SFT_HEAD + f"      adapter: {adapter}\n      lora: {{{lora}}}\n")
+
+
 def test_a_faulty_key_does_not_set_off_rules_that_read_it() -> None:
-    assert "sft.adapter" in only_fault(SFT_HEAD + "      adapter: dora\n      lora: {r: 8}\n")
+    assert "sft.adapter" in only_fault(SFT_HEAD + "      adapter: dorra\n      lora: {r: 8}\n")
     text = "name: a\nmodel: m\nstages:\n  - stf: {}\n  - dpo: {datasets: [{path: pairs.jsonl}]}\n"
     assert "stf is not a method" in only_fault(text)
 

@@ -127,6 +127,12 @@ def test_a_recipe_of_a_reward_model_alone_with_an_adapter(place: Path) -> None:
     assert better.value > worse.value
 
 
+def test_an_adapter_on_a_base_in_half_precision(place: Path) -> None:
+    report, _ = go(recipe(place, reward_model(None, adapter="dora", dtype="bfloat16", max_steps=2)), place / "home")
+    saved = open_scorer(report.outcomes[0].artefact.path, "dora").model
+    assert not any("lora" in name for name in saved.model.state_dict())
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [

@@ -48,7 +48,7 @@ def test_ids_are_line_numbers_and_blank_lines_count(tmp_path: Path) -> None:
         ("rows.jsonl:4", 4),
     ]
     assert rows[1].where == f"{path}:3"
-    assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert file.hash is not None and file.hash() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_the_three_file_types_hold_the_same_rows(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         opened(tmp_path / "none.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
-        opened(tmp_path / "folder.jsonl")
+        list(opened(tmp_path / "folder.jsonl").rows())
 
 
 def read(path: Path, kind: Any = Example, **keys: Any) -> RowStream[Any]:

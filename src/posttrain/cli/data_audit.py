@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain.cli.common import OVERRIDE, JsonOption, command_line, print_json, print_next
-from posttrain.cli.data_files import ColumnOption, FormatOption, LimitOption, columns_of, read_groups
+from posttrain.cli.data_files import ColumnOption, FormatOption, LimitOption, columns_of, read_groups, read_stage
 from posttrain.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -112,7 +112,6 @@ def _sets(
             "--format, --column, --limit and --together are for files; a recipe says them itself.",
             remedy="Remove them.",
         )
-    from posttrain.data.formats import read_examples, read_pairs, read_tasks
     from posttrain.recipe import load_recipe
 
     overrides = [word for word in words if OVERRIDE.match(word)]
@@ -120,14 +119,9 @@ def _sets(
     if len(names) > 1:
         raise RecipeError(f"one recipe at a time, or files: got {' and '.join(names)}.")
     recipe = load_recipe(names[0], overrides)
-    readers: dict[str, Callable[..., Loaded[Any]]] = {"sft": read_examples, "dpo": read_pairs}
     sets = []
     for stage in recipe.stages:
-        datasets = stage.settings.datasets
-        if stage.method in readers:
-            loaded = readers[stage.method](datasets, recipe.resolve)
-        else:
-            loaded = read_tasks(datasets, recipe.resolve, require_answer=False)
+        loaded = read_stage(stage, recipe.resolve)
         sets.append(Set(f"{recipe.name} {stage.key}", tuple(words), loaded))
     return sets
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ from posttrain.cli.data_files import (
     columns_of,
     raw_rows,
     read_groups,
+    read_stage,
     refuse_overwriting,
     write_rows,
 )
@@ -145,21 +146,15 @@ def _again(column: Sequence[str] | None) -> list[str]:
 
 
 def _stages(words: Sequence[str]) -> list[tuple[str, Loaded[Any]]]:
-    from posttrain.data.formats import read_examples, read_pairs, read_tasks
     from posttrain.recipe import load_recipe
 
     names = [word for word in words if not OVERRIDE.match(word)]
     if len(names) > 1:
         raise RecipeError(f"one recipe at a time, or files: got {' and '.join(names)}.")
     recipe = load_recipe(names[0], [word for word in words if OVERRIDE.match(word)])
-    readers: dict[str, Callable[..., Loaded[Any]]] = {"sft": read_examples, "dpo": read_pairs}
     read = []
     for stage in recipe.stages:
-        datasets = stage.settings.datasets
-        if stage.method in readers:
-            loaded = readers[stage.method](datasets, recipe.resolve)
-        else:
-            loaded = read_tasks(datasets, recipe.resolve, require_answer=False)
+        loaded = read_stage(stage, recipe.resolve)
         read.append((f"{recipe.name} {stage.key}", loaded))
     return read
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -15,6 +15,7 @@ from posttrain.errors import DataError, RecipeError
 if TYPE_CHECKING:
     from posttrain.data.formats import Loaded
     from posttrain.data.sources.rows import RawRow
+    from posttrain.recipe import Stage
     from posttrain.records import Row
 
 FormatOption = Annotated[
@@ -56,19 +57,30 @@ def read_groups(
     files: Sequence[str], form: str, columns: Mapping[str, str], limit: int | None, *, together: bool = True
 ) -> list[Group]:
     """Read each file as what its columns say it is, or as `form`; files of one kind together, or each alone."""
+    from posttrain.data.formats import kind_of, read
     from posttrain.settings import DatasetSettings
 
-    by_reader: dict[tuple[Callable[..., Loaded[Any]], str], list[str]] = {}
+    known = get_args(DatasetSettings.model_fields["format"].annotation)
+    if form not in known:
+        raise RecipeError(f"--format {form} is not known.", remedy=f"Formats are {', '.join(known)}.")
+    keys = {"format": form, "columns": dict(columns), "limit": limit}
+    by_kind: dict[tuple[type, str], list[DatasetSettings]] = {}
     for file in files:
-        by_reader.setdefault((_reader(file, form, columns), "" if together else file), []).append(file)
-    groups = []
-    for (read, _), of_kind in by_reader.items():
-        datasets = [
-            DatasetSettings.model_validate({"path": file, "format": form, "columns": dict(columns), "limit": limit})
-            for file in of_kind
-        ]
-        groups.append(Group(tuple(of_kind), read(datasets, resolve)))
-    return groups
+        dataset = DatasetSettings.model_validate({"path": file, **keys})
+        by_kind.setdefault((kind_of(dataset, resolve), "" if together else file), []).append(dataset)
+    return [
+        Group(tuple(dataset.path for dataset in datasets), read(datasets, resolve, kind))
+        for (kind, _), datasets in by_kind.items()
+    ]
+
+
+def read_stage(stage: Stage, resolve: Callable[[str], Path]) -> Loaded[Any]:
+    """The rows a recipe's stage learns from, as its method reads them."""
+    from posttrain.data.formats import read
+    from posttrain.records import Example, Judged, Pair, Task
+
+    kinds: dict[str, Any] = {"sft": Example, "grpo": Task, "kto": Judged}
+    return read(stage.settings.datasets, resolve, kinds.get(stage.method, Pair))
 
 
 def resolve(path: str) -> Path:
@@ -82,12 +94,9 @@ def resolve(path: str) -> Path:
 
 
 def raw_rows(file: str, limit: int | None = None) -> Sequence[RawRow]:
-    from itertools import islice
+    from posttrain.data.sources import read_rows
 
-    from posttrain.data.sources import open_sources
-    from posttrain.settings import DatasetSettings
-
-    return list(islice(open_sources([DatasetSettings(path=file)], resolve)[0].rows(), limit))
+    return list(read_rows(resolve(file), limit))
 
 
 def as_lines(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
@@ -129,38 +138,3 @@ def refuse_overwriting(outs: Sequence[Path], files: Sequence[str], force: bool) 
             raise RecipeError(f"{out} exists already.", remedy="Choose another name, or add --force to replace it.")
     if len({out.resolve() for out in outs}) < len(outs):
         raise RecipeError(f"{outs[0]} is named twice.", remedy="Give each part a file of its own.")
-
-
-def _reader(file: str, form: str, columns: Mapping[str, str]) -> Callable[..., Loaded[Any]]:
-    from posttrain.data import formats
-    from posttrain.data.layouts.base import Format
-    from posttrain.data.layouts.choose import FORMATS
-    from posttrain.records import Example, Pair, Task
-
-    kinds: list[tuple[Mapping[str, Format], Callable[..., Loaded[Any]]]] = [
-        (FORMATS[Pair], formats.read_pairs),
-        (FORMATS[Example], formats.read_examples),
-        (FORMATS[Task], _read_tasks),
-    ]
-    if form != "auto":
-        for known, read in kinds:
-            if form in known:
-                return read
-        names = ", ".join(name for known, _ in kinds for name in known)
-        raise RecipeError(f"--format {form} is not known.", remedy=f"Formats are {names}.")
-    held = {*raw_rows(file, 1)[0].fields, *columns} - set(columns.values())
-    for known, read in kinds:
-        if any(set(each.required) <= held for each in known.values()):
-            return read
-    wanted = "; ".join(f"{name} ({', '.join(each.required)})" for known, _ in kinds for name, each in known.items())
-    raise DataError(
-        f"the columns fit no known format: {', '.join(sorted(held))}.",
-        where=file,
-        remedy=f"Formats are {wanted}. Say which column is which, e.g. --column prompt={sorted(held)[0]}.",
-    )
-
-
-def _read_tasks(datasets: Any, resolve: Any) -> Loaded[Any]:
-    from posttrain.data.formats import read_tasks
-
-    return read_tasks(datasets, resolve, require_answer=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Generic, TypeVar, cast
 
 from posttrain.data.layouts.base import Dropped
-from posttrain.data.layouts.choose import Layout, choose
+from posttrain.data.layouts.choose import KINDS, Layout, choose, kind_of_row
 from posttrain.data.mixture import drawn, interleaved, mixture_counts
 from posttrain.data.sources import OpenSource, names_of, open_sources
 from posttrain.data.sources.hub import row_bytes
@@ -31,6 +31,8 @@ __all__ = [
     "Loaded",
     "RowStream",
     "Source",
+    "kind_of",
+    "read",
     "read_examples",
     "read_pairs",
     "read_rated",
@@ -155,7 +157,8 @@ class _Reading:
         self.dataset, self.source, self.kind = dataset, source, kind
         self.n_read = 0
         self.lost: Counter[str] = Counter()
-        self.digest = sha256()
+        self.sha256 = source.hash() if source.hash is not None else ""
+        self.passing = sha256() if source.hash is None else None
         self.layout: Layout | None = None
         self.plan = _Plan(None, None)
 
@@ -165,8 +168,8 @@ class _Reading:
             if self.layout is None:
                 self.layout = choose(self.dataset, row, self.kind)
             self.n_read += 1
-            if self.source.sha256 is None:
-                self.digest.update(row_bytes(row.fields))
+            if self.passing is not None:
+                self.passing.update(row_bytes(row.fields))
             built = self.layout.build(row)
             if isinstance(built, Dropped):
                 self.lost[built.reason] += 1
@@ -184,11 +187,7 @@ class _Reading:
 
     def _check_end(self) -> None:
         if self.n_read == 0:
-            raise DataError(
-                "the file holds no rows.",
-                where=self.source.where,
-                remedy="Check the path, or remove it from `datasets`.",
-            )
+            raise no_rows(self.source.where)
         if self.dataset.weight is not None and self.plan.n_wanted != self.n_read:
             raise DataError(
                 f"the stream ended after {self.n_read:,} rows, and its weight counts on {self.plan.n_wanted:,}.",
@@ -215,11 +214,15 @@ class _Reading:
             rule=self.layout.rule,
             n_read=self.n_read,
             n_dropped=self.lost.total(),
-            sha256=self.source.sha256 or self.digest.hexdigest(),
+            sha256=self.passing.hexdigest() if self.passing is not None else self.sha256,
             n_unused=unused,
             weight=self.dataset.weight,
             share=self.n_read / total,
         )
+
+
+def no_rows(where: str) -> DataError:
+    return DataError("the file holds no rows.", where=where, remedy="Check the path, or remove it from `datasets`.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +233,20 @@ class Loaded(Generic[R]):
     dropped: tuple[Dropped, ...]
     sources: tuple[Source, ...]
     ids: tuple[str, ...]
+
+
+def read(datasets: Sequence[DatasetSettings], resolve: Resolve, kind: type[R]) -> Loaded[R]:
+    """All rows of one kind."""
+    return _whole(stream(datasets, resolve, kind))
+
+
+def kind_of(dataset: DatasetSettings, resolve: Resolve, kinds: Sequence[type] = KINDS) -> type:
+    """The kind of record a data set holds: by its `format`, else the first of `kinds` that its first row fits."""
+    source = open_sources([dataset], resolve)[0]
+    first = next(source.rows(), None)
+    if first is None:
+        raise no_rows(source.where)
+    return kind_of_row(dataset, first, kinds)
 
 
 def read_examples(datasets: Sequence[DatasetSettings], resolve: Resolve) -> Loaded[Example]:

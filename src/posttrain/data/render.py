@@ -124,10 +124,7 @@ class Renderer:
         return self._trees([self._plan_sides(r.id, r.prompt, (r.completion,), r.tools) for r in rows])
 
     def stepwise(self, rows: Iterable[Stepwise]) -> list[Tree]:
-        """One tree a row: the prompt is trunk, the answer its one branch, and the last token of each step is marked.
-
-        Steps stand on lines of their own; the last one ends with the token that ends the answer.
-        """
+        """One tree a row: the answer is its one branch, a line a step, and the last token of each step is marked."""
         return self._trees([self._plan_stepwise(row) for row in rows])
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -12,10 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain.records import Tree
+
+Ints = NDArray[np.int64]
 
 # Rows join a group while they are at least this share of its longest: padding inside attention stays below it.
 MIN_FILL = 0.85
@@ -90,14 +94,16 @@ class _Row:
     """The token row under construction."""
 
     def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.positions: list[int] = []
+        self.n_tokens = 0
+        self.token_ids: list[Ints] = []
+        self.positions: list[Ints] = []
         self.attention: list[AttentionRow] = []
 
     def lay(self, ids: Sequence[int], depth: int) -> int:
-        start = len(self.token_ids)
-        self.token_ids.extend(ids)
-        self.positions.extend(range(depth, depth + len(ids)))
+        start = self.n_tokens
+        self.n_tokens += len(ids)
+        self.token_ids.append(np.array(ids, dtype=np.int64))
+        self.positions.append(np.arange(depth, depth + len(ids)))
         return start
 
     def attend(self, start: int, length: int, prefix_start: int = 0, prefix_length: int = 0) -> None:
@@ -110,8 +116,8 @@ def build_forest(
 ) -> ForestBatch:
     """Lay trees end to end. With `share_trunks=False` every branch gets its own copy of the trunk (the slow twin)."""
     row = _Row()
-    hidden_index: list[int] = []
-    own_index: list[int] = []
+    hidden_index: list[Ints] = []
+    own_index: list[Ints] = []
     for tree in trees:
         n_trunk = len(tree.trunk_ids)
         shared = share_trunks and len(tree.branches) != 1
@@ -126,18 +132,19 @@ def build_forest(
                 row.attend(start, len(branch.token_ids), trunk_start, n_trunk)
             else:
                 row.attend(trunk_start, n_trunk + len(branch.token_ids))
-            n_own = len(branch.token_ids)
-            before = (trunk_start + n_trunk - 1, *range(start, start + n_own))[:n_own]
-            hidden_index += [h for h, scored in zip(before, branch.scored, strict=True) if scored]
-            own_index += [start + j for j, scored in enumerate(branch.scored) if scored]
+            scored = np.flatnonzero(np.array(branch.scored, dtype=bool))
+            before = np.arange(start - 1, start - 1 + len(branch.token_ids))
+            before[:1] = trunk_start + n_trunk - 1
+            hidden_index.append(before[scored])
+            own_index.append(start + scored)
     groups = tuple(_group(g, device) for g in _bucket(row.attention))
     query_index = torch.cat([g.query_index_RQ.flatten() for g in groups])
     real = torch.cat([g.valid_RQ.flatten() for g in groups]).nonzero().squeeze(1)
     place_T = torch.empty_like(real)
     place_T[query_index[real]] = real
     return ForestBatch(
-        token_ids_T=torch.tensor(row.token_ids, device=device),
-        position_ids_T=torch.tensor(row.positions, device=device),
+        token_ids_T=_joined(row.token_ids).to(device),
+        position_ids_T=_joined(row.positions).to(device),
         groups=groups,
         query_index=query_index,
         key_index=torch.cat([g.key_index_RK.flatten() for g in groups]),
@@ -147,17 +154,20 @@ def build_forest(
 
 
 def loss_table(
-    trees: Sequence[Tree], hidden_index: Sequence[int], own_index: Sequence[int], device: torch.device | str
+    trees: Sequence[Tree], hidden_index: Sequence[Ints], own_index: Sequence[Ints], device: torch.device | str
 ) -> LossTable:
-    """The table for two places of every scored token in tree order: the one before it, and its own."""
+    """The table for two places of each scored token, per branch and in tree order: the one before it, and its own."""
     branches = [b for t in trees for b in t.branches]
     if unpredicted := [t.id for t in trees for b in t.branches if not t.trunk_ids and b.scored[:1] == (True,)]:
         raise ValueError(f"{unpredicted[0]}: the first token of a tree without a trunk has nothing to predict it")
-    targets = [i for b in branches for i, scored in zip(b.token_ids, b.scored, strict=True) if scored]
-    branch_of = [n for n, b in enumerate(branches) for scored in b.scored if scored]
-    columns = [torch.tensor(c, dtype=torch.long, device=device) for c in (hidden_index, own_index, targets, branch_of)]
-    hidden_N, own_N, target_N, branch_N = columns
-    return LossTable(hidden_N, own_N, target_N, branch_N, len(branches))
+    targets = [np.array(b.token_ids, dtype=np.int64)[np.array(b.scored, dtype=bool)] for b in branches]
+    branch_of = np.repeat(np.arange(len(branches)), [len(part) for part in targets])
+    hidden_N, own_N, target_N = (_joined(parts).to(device) for parts in (hidden_index, own_index, targets))
+    return LossTable(hidden_N, own_N, target_N, torch.from_numpy(branch_of).to(device), len(branches))
+
+
+def _joined(parts: Sequence[Ints]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
 
 
 def _bucket(rows: list[AttentionRow]) -> Iterator[list[AttentionRow]]:

@@ -5,7 +5,7 @@ Axes: T tokens, D width, N scored positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +28,9 @@ class Policy:
     tokenizer: Any
     layout: str = "forest"  # forest | padded
     adapter: Any = None
+    # What trained at its start, where that was taken out of the base weights (PiSSA, OLoRA): without the adapter those
+    # are not the model the stage began with.
+    adapter_start: dict[str, Tensor] = field(default_factory=dict)
     autocast: torch.dtype | None = None  # compute type when it differs from the weights'
     notes: list[str] = field(default_factory=list)  # what the user must be told about this model
 
@@ -83,9 +86,23 @@ class Policy:
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
+        """The model as the adapter found it: switched off; where it took its start out of the weights, as it began."""
         assert self.adapter is not None, "only a model with an adapter can switch it off"
-        with self.adapter.disable_adapter():
+        if not self.adapter_start:
+            with self.adapter.disable_adapter():
+                yield
+            return
+        trained = {name: p.data for name, p in self.trainable().items()}
+        try:
+            self._point_at(self.adapter_start)
             yield
+        finally:
+            self._point_at(trained)
+
+    def _point_at(self, values: Mapping[str, Tensor]) -> None:
+        """Exchanges storage and copies nothing: a graph that waits for its backward pass stays valid."""
+        for name, p in self.trainable().items():
+            p.data = values[name]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,10 @@ from posttrain.errors import ModelError
 from posttrain.models import hub
 from posttrain.models.attention import IMPLEMENTATION, ForestUnsupported
 from posttrain.models.forest import LossTable
-from posttrain.models.load import (
-    PROBE_TOLERANCE,
-    SAVED_TOLERANCE,
-    LoadOptions,
-    is_scorer,
-    merged_state,
-    read_model,
-)
+from posttrain.models.load import PROBE_TOLERANCE, LoadOptions, is_scorer, read_model
+from posttrain.models.merge import MERGE_BOUND, merged_state
 from posttrain.models.policy import Policy, stock_attention
+from posttrain.models.quantised import shell
 from posttrain.records import Branch, Tree
 
 ANSWER, STEPS = "answer", "steps"
@@ -51,7 +47,7 @@ def with_score(policy: Policy, reads: str, *, seed: int) -> Policy:
         model.score.weight.copy_(drawn)
     setattr(model.config, READS, reads)
     model.train(policy.model.training)
-    made = Policy(model, policy.tokenizer, policy.layout, policy.adapter, policy.autocast, notes=policy.notes)
+    made = replace(policy, model=model)
     _refuse_other_reading(made)
     return made
 
@@ -184,7 +180,7 @@ def _refuse_other_reading(model: Policy) -> None:
     model.model.eval()
     try:
         rows = [(*tree.trunk_ids, *branch.token_ids) for tree in trees for branch in tree.branches]
-        with model.compute(), stock_attention(model.model):
+        with _one_type(model), stock_attention(model.model):
             stock = [model.model(torch.tensor([row], device=model.device)).logits[0, 0].float() for row in rows]
         gap = _gap(read_scores(model, trees)[0], torch.stack(stock))
     finally:
@@ -192,6 +188,13 @@ def _refuse_other_reading(model: Policy) -> None:
         model.model.train(training)
     if gap > PROBE_TOLERANCE[_compute(model)]:
         raise _no_scorer(model.model.config, f"its own class scores otherwise, by {gap:.2g}")
+
+
+def _one_type(model: Policy) -> Any:
+    """The score trains in float32 also on a decoder that is kept in less, which the stock class would not multiply."""
+    if model.autocast is None and model.model.score.weight.dtype != model.model.dtype:
+        return torch.autocast(model.device.type, model.model.dtype)
+    return model.compute()
 
 
 def _gap(ours: Tensor, theirs: Tensor) -> float:
@@ -217,7 +220,7 @@ def save_scorer(model: Policy, directory: Path, *, stop_token_ids: tuple[int, ..
     config = model.model.config
     config.get_text_config().pad_token_id = tokenizer.pad_token_id
     config.use_cache = True
-    model.model.save_pretrained(directory, state_dict=merged_state(model))
+    shell(model.model).save_pretrained(directory, state_dict=merged_state(model))
     config.use_cache = False
     tokenizer.save_pretrained(directory)
 
@@ -234,5 +237,5 @@ def saved_scorer_differs(model: Policy, directory: Path, dtype: str = "auto") ->
         str(directory), LoadOptions(dtype, forest="off", frozen_base=model.model.dtype != torch.float32)
     )
     gap = _gap(probe_scores(saved), probe_scores(model))
-    tolerance = SAVED_TOLERANCE[_compute(model)]
+    tolerance = MERGE_BOUND[_compute(model)]
     return None if gap <= tolerance else f"its scores differ by {gap:.2g}, more than {tolerance:g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,8 @@ class StageRun:
     @property
     def options(self) -> LoadOptions:
         s = self.settings
-        return LoadOptions(s.dtype, s.forest, s.adapter != "none", s.gradient_checkpointing)
+        frozen = s.adapter != "none" and not s.lora.modules_to_save
+        return LoadOptions(s.dtype, s.forest, frozen, gradient_checkpointing=s.gradient_checkpointing)
 
     def say(self, text: str) -> None:
         self.run.reporter.line(f"{self.key}: {text}")
@@ -163,20 +164,21 @@ def _train_and_save(sr: StageRun) -> None:
     with writing(sr.place.directory):
         sr.place.directory.mkdir(parents=True, exist_ok=True)
     sr.say(f"starts from {sr.parent.ref}")
-    policy = load_policy(sr.parent.source, sr.options)
+    policy = load_policy(sr.parent.source, replace(sr.options, quantised=s.adapter == "qlora"))
     renderer = _renderer(sr, policy)
     _refuse_other_template(sr.parent, renderer)
     for note in policy.notes:
         sr.say(note)
-    started_from = weights_fingerprint(policy)
+    # While the parent is loaded, and not in 4 bits: the verdict needs its answers.
     scores = scoring.is_scoring(sr.stage)
-    if sr.suite is not None and not scores:  # while the parent is loaded; its answers are needed for the verdict
+    if sr.suite is not None and s.adapter != "qlora" and not scores:
         sr.answers(sr.suite).of_loaded(policy, renderer, sr.parent.fingerprint, str(sr.parent.ref))
-    if s.adapter == "lora":
-        add_lora(policy, s.lora, seed=derive_seed(sr.seed, "adapter"))
+    if s.adapter != "none":
+        for line in add_lora(policy, s.lora, seed=derive_seed(sr.seed, "adapter"), kind=s.adapter).lines():
+            sr.say(line)
     if scores:
         policy = scoring.made_to_score(policy, sr.stage, derive_seed(sr.seed, "score"))
-        started_from = weights_fingerprint(policy, merged=True)
+    started_from = weights_fingerprint(policy, merged=True)
     recipe = sr.run.recipe
     method = MethodStage(
         policy,
@@ -194,7 +196,10 @@ def _train_and_save(sr: StageRun) -> None:
     found = scoring.figures(policy, renderer, sr.suite, sr.key, sr.run.reporter) if scores else {}
 
     def save(directory: Path) -> None:
-        (save_scorer if scores else save_policy)(policy, directory, stop_token_ids=renderer.stop_token_ids)
+        if scores:
+            save_scorer(policy, directory, stop_token_ids=renderer.stop_token_ids)
+        else:
+            save_policy(policy, directory, stop_token_ids=renderer.stop_token_ids, base=str(sr.parent.ref))
         for ledger in filter(Path.exists, (sr.place.directory / ROWS, sr.place.directory / EVALUATION_ROWS)):
             shutil.copyfile(ledger, directory / ledger.name)
         _prove_saved(sr, policy, directory, started_from)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,8 +123,8 @@ def warnings_of(stage: StageView, model: str) -> Iterator[Broken]:
         if said := usual.objection(stage, model):
             yield Broken((*stage.path, *usual.key.split(".")), said)
     settings = stage.settings
-    if settings.adapter == "lora" and stage.says("lora") and settings.lora.alpha != 2 * settings.lora.r:
-        scale = settings.lora.alpha / settings.lora.r
+    scale = settings.lora.scale
+    if settings.adapter != "none" and stage.says("lora") and abs(scale - 2) > (0.25 if settings.lora.use_rslora else 0):
         yield Broken(
             (*stage.path, "lora", "alpha"),
             f"{stage.label}.lora.alpha = {settings.lora.alpha} scales the adapter by {scale:g} where 2 is usual: "
@@ -156,7 +157,25 @@ def _both(one: str, other: str, meaning: str) -> Callable[[StageView], str | Non
 
 def _unread_lora(stage: StageView) -> str | None:
     if stage.says("lora") and stage.settings.adapter == "none":
-        return " is set but never read: adapter is none. Set adapter: lora, or remove lora."
+        return " is set but never read: adapter is none. Set adapter: lora, dora or qlora, or remove lora."
+    if stage.says("lora") and "loraplus_lr_ratio" in stage.raw["lora"] and not stage.settings.lora.loraplus:
+        return ".loraplus_lr_ratio is set but never read: loraplus is false. Set loraplus: true, or remove it."
+    return None
+
+
+def _impossible_lora(stage: StageView) -> str | None:
+    lora = stage.settings.lora
+    if stage.settings.adapter == "qlora" and lora.init != "default":
+        return (
+            f".init = {lora.init} takes its start out of the base weights, which qlora freezes in 4 bits. "
+            "Use init: default, or adapter: lora."
+        )
+    if isinstance(lora.target_modules, str) and lora.target_modules != "all-linear":
+        try:
+            re.compile(lora.target_modules)
+        except re.error as e:
+            wrong = f".target_modules = {show(lora.target_modules)} is no regular expression: {e}."
+            return f"{wrong} Correct it, or give a list of names."
     return None
 
 
@@ -292,6 +311,7 @@ RULES = (
     Rule("warmup_ratio", ("warmup_steps",), _both("warmup_ratio", "warmup_steps", "how long to warm up")),
     Rule("max_steps", ("num_train_epochs",), _both("max_steps", "num_train_epochs", "how long to train")),
     Rule("lora", ("adapter",), _unread_lora),
+    Rule("lora", ("adapter",), _impossible_lora),
     Rule("min_lr_ratio", ("lr_scheduler_type",), _unread_min_lr),
     Rule("filters", (), _filters),
     Rule("decontaminate", ("gate",), _nothing_to_compare),
@@ -329,7 +349,7 @@ class Usual:
         settings = stage.settings
         if stage.method not in self.methods or self.key.split(".")[0] in stage.broken:
             return None
-        if self.adapter is not None and settings.adapter != self.adapter:
+        if self.adapter is not None and (settings.adapter == "none") != (self.adapter == "none"):
             return None
         if self.for_large_models and model.startswith("builtin:"):
             return None

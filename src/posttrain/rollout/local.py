@@ -18,6 +18,7 @@ from torch import Tensor
 
 from posttrain.models.attention import ForestAttention
 from posttrain.models.forest import build_forest
+from posttrain.models.memory import must_fit
 from posttrain.models.policy import Policy
 from posttrain.records import Completion, Request, Sampling, Status, Tree
 from posttrain.rollout.cache import ForestCache, prefill_cache
@@ -88,11 +89,12 @@ class LocalEngine:
         was_training = self._policy.model.training
         self._policy.model.eval()
         try:
-            self._run(
-                waiting,
-                sampling,
-                lambda: progress(sum(a.status is not None for g in groups for a in g), n_all) if progress else None,
-            )
+            with must_fit(f"sampling {n_all:,} answers", _smaller_sampling(sampling)):
+                self._run(
+                    waiting,
+                    sampling,
+                    lambda: progress(sum(a.status is not None for g in groups for a in g), n_all) if progress else None,
+                )
         finally:
             self._policy.model.train(was_training)
         return [[self._completion(a, requests[a.request]) for a in g] for g in groups]
@@ -185,6 +187,13 @@ class LocalEngine:
             text=self._decode(a.token_ids),
             detail=a.detail,
         )
+
+
+def _smaller_sampling(sampling: Sampling) -> str:
+    return (
+        "Lower the length of answers (max_completion_length in a recipe, max_new_tokens in a suite), now "
+        f"{sampling.max_new_tokens}; then num_generations."
+    )
 
 
 def _draw_and_record(answers: Sequence[Answer | None], logits_SV: Tensor, sampling: Sampling) -> Drawn:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from posttrain.settings.adapter import LoraSettings
+from posttrain.settings.adapter import AdapterKind, LoraSettings
 from posttrain.settings.base import Positive, Section, Share
 from posttrain.settings.data import DatasetSettings
 from posttrain.settings.filters import FilterSettings
@@ -27,7 +27,9 @@ class StageSettings(Section):
     eval_datasets: list[DatasetSettings] = Field(default=[], description="held-out rows measured during training")
     gate: GateSettings | None = Field(default=None, description="no gate, no promotion")
 
-    adapter: Literal["none", "lora"] = "none"
+    adapter: AdapterKind = Field(
+        default="none", description="lora, dora (learns length and direction apart), qlora (on a frozen 4-bit base)"
+    )
     lora: LoraSettings = LoraSettings()
 
     max_length: Positive = Field(default=2048, description="tokens of prompt and answer together")
@@ -60,6 +62,9 @@ class StageSettings(Section):
         description="share of the steps that warm up; default 0.03 unless warmup_steps is set",
     )
     weight_decay: float = Field(default=0.01, ge=0)
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        default="adamw", description="8-bit optimiser states need the quant extra; paged ones an NVIDIA GPU"
+    )
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.999
     adam_epsilon: float = Field(default=1e-8, gt=0)

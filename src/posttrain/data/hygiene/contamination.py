@@ -31,8 +31,7 @@ from posttrain.data.hygiene.passages import QUESTIONS, Document, Passage, raw_do
 from posttrain.data.hygiene.sought import SHORTEST, Sought
 from posttrain.data.hygiene.text import OPERATORS, Windows, mixed, split
 from posttrain.data.hygiene.units import NOTHING, Encode, Laid, Runs, TokenUnits, Units, WordUnits
-from posttrain.data.sources import open_sources
-from posttrain.settings import DatasetSettings
+from posttrain.data.sources import read_rows
 
 N = 13
 SHOWN_WORDS = 30  # a longer span is shown by its beginning and its end
@@ -158,8 +157,7 @@ def read_evaluation(path: Path) -> list[Document]:
     """The rows of an evaluation file, whatever its columns: each text is a question, unless its column is named like
     an answer. Texts of fewer than SHORTEST words count only in a column named like a question."""
     found = []
-    (opened,) = open_sources([DatasetSettings(path=str(path))], Path)
-    for row in opened.rows():
+    for row in read_rows(path):
         whole = raw_document(row.id, row.fields)
         passages = [p for p in whole.passages if len(split(p.text)) >= SHORTEST or p.column in QUESTIONS]
         found.append(Document(whole.id, tuple(passages)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,8 @@ FORMATS: dict[Any, dict[str, Format]] = {
     Task: TASKS,
     Judged: {**PAIRS, **RATED},
 }
+# The more a row says, the earlier its kind: a pair with its prompt could also be read as a task.
+KINDS = (Pair, Rated, Stepwise, Example, Task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,7 @@ class Layout:
 def choose(dataset: DatasetSettings, first: RawRow, kind: Any) -> Layout:
     """The layout of a source, from the recipe and its first row."""
     formats = FORMATS[kind]
-    asked = Layout("", "", next(iter(formats.values())), dataset.columns, frozenset(dataset.columns))
-    seen = asked._renamed(first)  # also refuses columns that are not there
+    seen = _asked(dataset, formats)._renamed(first)  # also refuses columns that are not there
     layout = (_recognised if dataset.format == "auto" else _named)(dataset, seen, formats)
     unused = [ours for ours in dataset.columns if ours not in layout.format.columns]
     if unused and not layout.format.open:
@@ -82,22 +83,45 @@ def choose(dataset: DatasetSettings, first: RawRow, kind: Any) -> Layout:
     return layout
 
 
+def kind_of_row(dataset: DatasetSettings, first: RawRow, kinds: Sequence[type]) -> type:
+    """The first of `kinds` that has the data set's format or, where none is named, one that its first row fits."""
+    formats = {name: form for kind in kinds for name, form in FORMATS[kind].items()}
+    seen = _asked(dataset, formats)._renamed(first)
+    for kind in kinds:
+        known = FORMATS[kind]
+        if dataset.format in known if dataset.format != "auto" else any(_fits(form, seen) for form in known.values()):
+            return kind
+    raise _no_format(dataset, seen, formats)
+
+
+def _asked(dataset: DatasetSettings, formats: Mapping[str, Format]) -> Layout:
+    """The columns the recipe names, before a format is known."""
+    return Layout("", "", next(iter(formats.values())), dataset.columns, frozenset(dataset.columns))
+
+
+def _no_format(dataset: DatasetSettings, seen: RawRow, formats: Mapping[str, Format]) -> DataError:
+    if dataset.format != "auto":
+        said = f"format: {dataset.format} does not fit this stage."
+        return DataError(said, where=dataset.path, remedy=_known(formats))
+    said = f"the columns fit no known format: {listed(seen.fields)}."
+    return DataError(said, where=seen.where, remedy=f"{_known(formats)} {_hint(seen, formats)}")
+
+
 def _named(dataset: DatasetSettings, seen: RawRow, formats: Mapping[str, Format]) -> Layout:
     fitting = [name for name in (dataset.format, f"{dataset.format}_messages") if name in formats]
     if not fitting:
-        raise DataError(
-            f"format: {dataset.format} does not fit this stage.", where=dataset.path, remedy=_known(formats)
-        )
+        raise _no_format(dataset, seen, formats)
     name = next((name for name in fitting if _found(formats[name], seen) is not None), fitting[0])
     return _layout(dataset, name, formats[name], seen, "named in the recipe")
 
 
 def _recognised(dataset: DatasetSettings, seen: RawRow, formats: Mapping[str, Format]) -> Layout:
     fitting = [name for name, form in formats.items() if _fits(form, seen)]
-    if len(fitting) != 1:
-        problem = f"the columns fit {' and '.join(fitting)}" if fitting else "the columns fit no known format"
-        advice = f"Set format: {fitting[0]}." if fitting else f"{_known(formats)} {_hint(seen, formats)}"
-        raise DataError(f"{problem}: {listed(seen.fields)}.", where=seen.where, remedy=advice)
+    if not fitting:
+        raise _no_format(dataset, seen, formats)
+    if len(fitting) > 1:
+        said = f"the columns fit {' and '.join(fitting)}: {listed(seen.fields)}."
+        raise DataError(said, where=seen.where, remedy=f"Set format: {fitting[0]}.")
     name = fitting[0]
     if clashing := [column for column in formats[name].clashes if given(seen, column)]:
         raise DataError(

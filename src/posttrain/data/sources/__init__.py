@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +51,26 @@ READERS = {
 class OpenSource:
     """One entry of `datasets`, ready to be read as often as one likes.
 
-    `sha256` is of the bytes on disk. None: the rows come over the network and are hashed while they pass.
+    `hash` is of the bytes on disk. None: the rows come over the network and can only be hashed while they pass.
     """
 
     where: str
-    sha256: str | None
     rows: Callable[[], Iterator[RawRow]]
     count: Callable[[], int | None]
-    check: Callable[[], None] = lambda: None  # refuses a file that is no longer the one that was hashed
+    hash: Callable[[], str] | None
+    check: Callable[[], None] = lambda: None  # refuses a file that is no longer the one that was found
 
 
 def open_sources(datasets: Sequence[DatasetSettings], resolve: Resolve) -> list[OpenSource]:
-    """Find and hash every source. `resolve` turns a recipe's path into an existing file or folder."""
+    """Find every source. `resolve` turns a recipe's path into an existing file or folder."""
     found = [_locate(dataset, resolve) for dataset in datasets]
     labels = _labels(datasets, found)
     return [_open(dataset, path, label) for dataset, path, label in zip(datasets, found, labels, strict=True)]
+
+
+def read_rows(path: Path, limit: int | None = None) -> Iterator[RawRow]:
+    """The rows of one file as they are, the first `limit` of them."""
+    return islice(open_sources([DatasetSettings(path=str(path))], lambda _: path)[0].rows(), limit)
 
 
 def names_of(datasets: Sequence[DatasetSettings]) -> list[str]:
@@ -79,8 +85,8 @@ def names_of(datasets: Sequence[DatasetSettings]) -> list[str]:
 def content_hash(dataset: DatasetSettings, resolve: Resolve) -> str:
     """Identity of what a data set holds. Of a streamed one: its name at its revision."""
     source = open_sources([dataset], resolve)[0]
-    if source.sha256 is not None:
-        return source.sha256
+    if source.hash is not None:
+        return source.hash()
     named = f"{dataset.path}/{dataset.name}/{dataset.split}@{dataset.revision}"
     return hashlib.sha256(named.encode()).hexdigest()
 
@@ -130,8 +136,7 @@ def _refuse_hub_keys(dataset: DatasetSettings, path: Path) -> None:
 
 
 def _open_files(path: Path, files: Sequence[Path], reader: Reader, label: str) -> OpenSource:
-    as_hashed = _state(files)  # before hashing: a change in between is found, not hidden
-    sha256 = _hash(files)
+    as_found = _state(files)
 
     def rows() -> Iterator[RawRow]:
         number = 0
@@ -144,10 +149,16 @@ def _open_files(path: Path, files: Sequence[Path], reader: Reader, label: str) -
                 yield RawRow(id=f"{label}:{number}", fields=value, where=where)
 
     def check() -> None:
-        if _state(files) != as_hashed:
+        if _state(files) != as_found:
             raise DataError("the file changed while it was read.", where=str(path), remedy="Start again.")
 
-    return OpenSource(str(path), sha256, rows, lambda: sum(reader.count(file) for file in files), check)
+    return OpenSource(
+        where=str(path),
+        rows=rows,
+        count=lambda: sum(reader.count(file) for file in files),
+        hash=lambda: _hash(files),
+        check=check,
+    )
 
 
 def _reporting(file: Path, rows: Callable[[Path], Numbered]) -> Numbered:
@@ -166,8 +177,8 @@ def _open_hub(dataset: DatasetSettings, path: str, label: str) -> OpenSource:
             yield RawRow(id=row_id, fields=row, where=row_id)
 
     if dataset.streaming:
-        return OpenSource(dataset.path, None, rows, lambda: None)
-    return OpenSource(dataset.path, hub.content_hash(loaded), rows, lambda: len(loaded))
+        return OpenSource(dataset.path, rows, count=lambda: None, hash=None)
+    return OpenSource(dataset.path, rows, count=lambda: len(loaded), hash=lambda: hub.content_hash(loaded))
 
 
 def _hash(files: Sequence[Path]) -> str:

@@ -104,7 +104,9 @@ def kind(value: Any) -> str:
 
 
 def short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """The beginning of a value, fit to be printed on one line."""
+    text = value[:400] if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
     return text if len(text) <= 80 else text[:77] + "..."
 
 

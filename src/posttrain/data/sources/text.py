@@ -63,7 +63,7 @@ def _lines(file: BinaryIO | gzip.GzipFile, path: Path) -> Iterator[tuple[int, by
         if number == 1:
             line = line.removeprefix(UTF8_BOM)
         if line.strip():
-            yield number, line
+            yield number, line.rstrip(b"\r\n")
 
 
 def _unpacked(path: Path) -> Iterator[tuple[int, bytes]]:
