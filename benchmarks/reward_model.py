@@ -41,10 +41,10 @@ from posttrain.rollout.scorer import open_scorer
 from posttrain.settings import DatasetSettings
 
 HELD_OUT_SHARE = 0.25
-MAX_TOKENS = 448  # prompt and the longer answer; longer pairs are left out and counted
+MAX_TOKENS = 384  # prompt and the longer answer; longer pairs are left out and counted
 COMMON: dict[str, Any] = {"max_length": MAX_TOKENS, "per_device_train_batch_size": 16, "save_steps": 1_000_000}
 # The model has a million parameters: it takes rates hundreds of times those of large ones.
-SFT = COMMON | {"datasets": [{"path": "sft.jsonl"}], "learning_rate": 1e-3, "num_train_epochs": 1.0}
+SFT = COMMON | {"datasets": [{"path": "sft.jsonl"}], "learning_rate": 1e-3, "max_steps": 30}
 REWARD = COMMON | {
     "datasets": [{"path": "train.jsonl"}],
     "learning_rate": 2e-4,

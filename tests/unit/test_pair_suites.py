@@ -176,3 +176,9 @@ def test_a_suite_of_pairs_loses_no_row(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "a"}]
     with pytest.raises(DataError, match=r"a suite loses no row.*identical"):
         load(tmp_path, FILE, rows)
+
+
+def test_a_reward_model_as_a_suite_s_score_is_refused_aloud(tmp_path: Path) -> None:
+    text = "name: a\nitems: rows.jsonl\nscore: [math, {reward_model: {model: judge}}]\n"
+    with pytest.raises(DataError, match="score names a reward model"):
+        load(tmp_path, text, [{"prompt": "q", "answer": "1"}])

@@ -29,6 +29,7 @@ from posttrain.recipe.yaml_lines import key_name
 from posttrain.records import Completion, Outcome, Pair, Sampling, Status, Task
 from posttrain.rewards import mix
 from posttrain.settings import DatasetSettings, Positive, Section, Share
+from posttrain.settings.reward import is_scorer_entry
 
 Kind = Literal["accuracy", "win_rate", "pairs"]
 Resolve = Callable[[str], Path]
@@ -96,6 +97,13 @@ def load_suite(path: Path, resolve: Resolve, read_tasks: ReadTasks | None = None
         raise
     if not items:
         raise DataError("the suite has no items.", where=str(path), remedy=f"{settings.items} holds no row.")
+    if any(is_scorer_entry(entry) for entry in settings.score):
+        raise DataError(
+            "score names a reward model, but what a suite scores is proved on gold answers, which a model's opinion "
+            "cannot be.",
+            where=str(path),
+            remedy="Score by checkers. A reward model ranks answers with generate --best-of, and pays in grpo.rewards.",
+        )
     try:
         with mix.build(settings.score) as rewards:
             for part in rewards.parts:
