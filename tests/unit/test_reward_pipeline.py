@@ -45,7 +45,11 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     better = [{"prompt": q, "chosen": "now", "rejected": "ok"} for q in ASKED[84:108]]
     suite_file(folder, "agrees", better)
     suite_file(folder, "differs", [{**row, "chosen": "ok", "rejected": "now"} for row in better])
-    steps = [{"prompt": q, "steps": ["now", "ok", "now"], "labels": [True, False, True]} for q in ASKED[:48]]
+    said = [["now", "ok", "now"], ["ok", "now", "ok"]]
+    steps = [
+        {"prompt": q, "steps": said[i % 2], "labels": [word == "now" for word in said[i % 2]]}
+        for i, q in enumerate(ASKED[:48])
+    ]
     rows(folder / "steps.jsonl", steps)
     return folder
 
@@ -204,6 +208,8 @@ def test_a_process_reward_model_scores_each_step(place: Path) -> None:
     assert right[2] > 0.5
     assert found.value == pytest.approx(right[0] * right[1] * right[2])
     assert any("step_accuracy 1.000" in line for line in said)
+    pairs = load_suite(place / "agrees.yaml", Path).pairs
+    assert all(now > ok for now, ok in scorer.pairs(pairs)), "pairs are judged by the steps together"
     (least,) = Scorer(scorer.model, scorer.renderer, "s", "min").answers([Answer((Message("user", "Hm?"),), "now\nok")])
     assert least.value == pytest.approx(min(1 / (1 + torch.tensor(-s).exp().item()) for s in least.scores))
 
