@@ -66,7 +66,7 @@ def reward_model(suite: str | None = "agrees", **changes: Any) -> dict[str, Any]
 
 
 def steps_model(**changes: Any) -> dict[str, Any]:
-    settings = COMMON | dict(datasets=[{"path": "steps.jsonl"}], max_steps=16, learning_rate=2e-2)
+    settings = COMMON | dict(datasets=[{"path": "steps.jsonl"}], max_steps=30, learning_rate=1e-2)
     return {"process_reward_model": settings | changes}
 
 
@@ -207,7 +207,7 @@ def test_a_process_reward_model_scores_each_step(place: Path) -> None:
     assert right[0] > 0.5 > right[1]
     assert right[2] > 0.5
     assert found.value == pytest.approx(right[0] * right[1] * right[2])
-    assert any("step_accuracy 1.000" in line for line in said)
+    assert any("step_accuracy 1.000" in line for line in said), said
     pairs = load_suite(place / "agrees.yaml", Path).pairs
     assert all(now > ok for now, ok in scorer.pairs(pairs)), "pairs are judged by the steps together"
     (least,) = Scorer(scorer.model, scorer.renderer, "s", "min").answers([Answer((Message("user", "Hm?"),), "now\nok")])
