@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain.cli.common import OVERRIDE, JsonOption, command_line, print_json, print_next
-from posttrain.cli.data_files import ColumnOption, FormatOption, LimitOption, columns_of, read_groups, read_stage
+from posttrain.cli.data_files import (
+    ColumnOption,
+    FormatOption,
+    LimitOption,
+    columns_of,
+    read_groups,
+    read_stage,
+    refuse_overwriting,
+)
 from posttrain.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -29,6 +37,7 @@ HtmlOption = Annotated[Path | None, typer.Option("--html", metavar="FILE", help=
 TokenizerOption = Annotated[
     str | None, typer.Option("--tokenizer", metavar="MODEL", help="Count tokens too, as this model does.")
 ]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace a page that is there.")]
 ShowOption = Annotated[
     str | None, typer.Option("--show", metavar="FINDING", help="Print the rows of one finding instead of the report.")
 ]
@@ -52,12 +61,17 @@ def audit(
     together: TogetherOption = False,
     html: HtmlOption = None,
     show: ShowOption = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Audit rows: lengths, manner, turns, languages, personal data, copies, garbage, and what biases pairs."""
     from posttrain.data.audit.findings import findings
     from posttrain.data.audit.report import audit as audit_rows
 
+    if html is not None and show is not None:
+        raise RecipeError("--show prints rows and writes no page.", remedy="Leave out --html or --show.")
+    if html is not None:
+        _refuse_page(html, words, force)
     tokens = _token_counter(tokenizer) if tokenizer else None
     sets = _sets(words, form, column, limit, together)
     audits = [
@@ -124,6 +138,22 @@ def _sets(
         loaded = read_stage(stage, recipe.resolve)
         sets.append(Set(f"{recipe.name} {stage.key}", tuple(words), loaded))
     return sets
+
+
+def _refuse_page(html: Path, words: Sequence[str], force: bool) -> None:
+    """Before the audit: the page must not take the place of what is read, nor of anything else unasked."""
+    if not _is_recipe(words):
+        return refuse_overwriting([html], words, force)
+    from posttrain.recipe import load_recipe
+
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    names = [word for word in words if word not in overrides]
+    for name in names:
+        recipe = load_recipe(name, overrides)
+        of_stages = (data for stage in recipe.stages for data in stage.settings.datasets)
+        if html.resolve() in {recipe.path.resolve(), *((recipe.path.parent / d.path).resolve() for d in of_stages)}:
+            raise RecipeError(f"{html} is also what is read.", remedy="Write to another file.")
+    return refuse_overwriting([html], [], force)
 
 
 def _is_recipe(words: Sequence[str]) -> bool:

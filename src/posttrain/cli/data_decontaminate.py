@@ -17,6 +17,7 @@ from posttrain.cli.data_files import (
     LimitOption,
     as_lines,
     raw_rows,
+    refuse_names,
     refuse_overwriting,
     resolve,
     write_rows,
@@ -65,6 +66,7 @@ def decontaminate(
     if (level == "token") != (tokenizer is not None):
         raise RecipeError("--level token and --tokenizer MODEL belong together.", remedy="Give both, or neither.")
     if out is not None:
+        refuse_names([out])
         refuse_overwriting([out], [*files, *against], force)
     from posttrain.data.hygiene.contamination import Index
 

@@ -20,6 +20,7 @@ from posttrain.cli.data_files import (
     raw_rows,
     read_groups,
     read_stage,
+    refuse_names,
     refuse_overwriting,
     write_rows,
 )
@@ -106,6 +107,7 @@ def dedup(
         found = [_look(title, (), loaded, rules) for title, loaded in _stages(words)]
     else:
         if out is not None:
+            refuse_names([out])
             refuse_overwriting([out], words, force)
         groups = read_groups(words, form, columns_of(column), limit)
         found = [_look(", ".join(group.files), group.files, group.loaded, rules) for group in groups]

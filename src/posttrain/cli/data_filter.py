@@ -21,6 +21,7 @@ from posttrain.cli.data_files import (
     columns_of,
     raw_rows,
     read_groups,
+    refuse_names,
     refuse_overwriting,
     write_rows,
 )
@@ -85,7 +86,9 @@ def filter_rows(
         "garbage": garbage,
     }
     settings = _settings({key: value for key, value in asked.items() if value is not None})
-    refuse_overwriting([out, *([dropped] if dropped else [])], files, force)
+    outs = [out, *([dropped] if dropped else [])]
+    refuse_names(outs)
+    refuse_overwriting(outs, files, force)
     groups = read_groups(files, form, columns_of(column), limit)
     outcomes = [outcome for group in groups for outcome in _outcomes(group, settings, limit)]
     kept = [outcome for outcome in outcomes if not outcome.reason]

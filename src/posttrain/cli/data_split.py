@@ -16,6 +16,7 @@ from posttrain.cli.data_files import (
     columns_of,
     raw_rows,
     read_groups,
+    refuse_names,
     refuse_overwriting,
     resolve,
     write_rows,
@@ -51,6 +52,7 @@ def split(
     if not 0 < share < 1:
         raise RecipeError(f"--eval {share:g} is not a share between 0 and 1.", remedy="0.05 holds out one in twenty.")
     manifest_path = out_eval.with_name(out_eval.name + ".split.json")
+    refuse_names([out_train, out_eval])
     refuse_overwriting([out_train, out_eval, manifest_path], [file], force)
     (group,) = read_groups([file], form, columns_of(column), None)
     contents = {row.id: look(row).prompt or "\n".join(look(row).answers) for row in group.rows}
