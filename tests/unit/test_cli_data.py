@@ -227,6 +227,26 @@ def test_split_keeps_a_prompt_on_one_side_and_loses_nothing(capsys: pytest.Captu
     assert manifest["seed"] == 3
 
 
+def test_what_stands_in_the_answers_moves_no_pair_to_the_other_side(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    """Users speak in the answers of a pair too where these go on over several turns."""
+    asked = [{"role": "user", "content": "How many kettles?"}]
+    others = [{"prompt": [{"role": "user", "content": f"How many pans are {i}?"}], "n": i} for i in range(40)]
+
+    def on(i: int, text: str) -> list[dict[str, str]]:
+        said = [{"role": "assistant", "content": text}, {"role": "user", "content": f"And then {i}?"}]
+        return [*said, {"role": "assistant", "content": text}]
+
+    pairs = [{"prompt": asked, "n": i} for i in range(40)] + others
+    write_rows(folder / "p.jsonl", [{**p, "chosen": on(i, "Two."), "rejected": on(i, "No.")} for i, p in enumerate(pairs)])
+    write_rows(folder / "r.jsonl", [{**p, "completion": on(i, "Two."), "label": True} for i, p in enumerate(pairs)])
+    for file in ("p.jsonl", "r.jsonl"):
+        assert split(capsys, file, "--eval", "0.3")["prompts"] == 41
+        sides = [{str(row["prompt"]) for row in lines(name)} for name in ("t.jsonl", "e.jsonl")]
+        assert not sides[0] & sides[1]
+
+
 def test_split_is_the_same_in_another_process_and_after_rows_are_added(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
