@@ -17,6 +17,7 @@ from posttrain.cli.data_files import (
     columns_of,
     read_groups,
     read_stage,
+    reading_options,
     refuse_overwriting,
 )
 from posttrain.errors import RecipeError
@@ -181,11 +182,8 @@ def _token_counter(source: str) -> Callable[[str], int]:
 
 def _again(words: Sequence[str], form: str, column: Sequence[str] | None, limit: int | None, together: bool) -> str:
     """The command as it was typed, without what it printed to; --show FINDING follows it."""
-    options = [] if form == "auto" else ["--format", form]
-    options += [part for each in column or () for part in ("--column", each)]
-    options += ["--limit", str(limit)] if limit else []
-    options += ["--together"] if together else []
-    return command_line("data", "audit", *words, *options)
+    options = reading_options(form, column, limit)
+    return command_line("data", "audit", *words, *options, *["--together"] * together)
 
 
 def _show(name: str, audits: Sequence[Audit], rows: Sequence[Sequence[Row]]) -> None:
@@ -217,8 +215,7 @@ def _show(name: str, audits: Sequence[Audit], rows: Sequence[Sequence[Row]]) -> 
 def _print_next(words: Sequence[str], audits: Sequence[Audit], form: str, column: Sequence[str] | None) -> None:
     if _is_recipe(words):
         return print_next(command_line("run", *words))
-    options = [] if form == "auto" else ["--format", form]
-    options += [part for each in column or () for part in ("--column", each)]
+    options = reading_options(form, column)
     wanted = ["--pii", "mask"] if any(each.personal.ids for each in audits) else []
     wanted += ["--garbage", "drop"] if any(each.garbage for each in audits) else []
     if wanted:

@@ -17,6 +17,7 @@ from posttrain.cli.data_files import (
     LimitOption,
     as_lines,
     raw_rows,
+    reading_options,
     refuse_names,
     refuse_overwriting,
     resolve,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from posttrain.data.sources import RawRow
 
 SHOWN = 10
+USUAL_N = 13
 ALONE = 100_000  # rows below which a second process is not worth its start
 
 AgainstOption = Annotated[
@@ -52,7 +54,7 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace a file that 
 def decontaminate(
     files: FilesArgument,
     against: AgainstOption,
-    n: NOption = 13,
+    n: NOption = USUAL_N,
     level: LevelOption = "word",
     tokenizer: TokenizerOption = None,
     limit: LimitOption = None,
@@ -84,6 +86,9 @@ def decontaminate(
         return print_json(_as_json(len(rows), index, hits, out))
     _show(files, len(rows), index, hits)
     again = [word for name in against for word in ("--against", name)]
+    again += ["--n", str(n)] if n != USUAL_N else []
+    again += ["--level", level, "--tokenizer", tokenizer] if tokenizer else []
+    again += reading_options(limit=limit)
     if out is None:
         return print_next(command_line("data", "decontaminate", *files, *again, "--out", "clean.jsonl"))
     typer.echo(f"\n{out}: {len(kept):,} of {len(rows):,} rows")

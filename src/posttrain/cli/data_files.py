@@ -42,6 +42,13 @@ class Group:
         return rows
 
 
+def reading_options(form: str = "auto", column: Sequence[str] | None = None, limit: int | None = None) -> list[str]:
+    """The options that say how files are read, as they were typed: for the command that is proposed next."""
+    options = [] if form == "auto" else ["--format", form]
+    options += [part for each in column or () for part in ("--column", each)]
+    return options + (["--limit", str(limit)] if limit else [])
+
+
 def columns_of(words: Sequence[str] | None) -> dict[str, str]:
     """prompt=question as {"prompt": "question"}."""
     columns = {}

@@ -21,6 +21,7 @@ from posttrain.cli.data_files import (
     columns_of,
     raw_rows,
     read_groups,
+    reading_options,
     refuse_names,
     refuse_overwriting,
     write_rows,
@@ -101,6 +102,8 @@ def filter_rows(
     if dropped is not None:
         write_rows(dropped, as_lines((each.where, {**each.fields, "dropped": each.reason}) for each in lost))
     _report(out, kept, lost, settings, as_json)
+    if not as_json:
+        print_next(command_line("data", "audit", str(out), *reading_options(form, column)))
 
 
 def _settings(asked: dict[str, Any]) -> FilterSettings:
@@ -166,8 +169,7 @@ def _report(out: Path, kept: list[Outcome], lost: list[Outcome], s: FilterSettin
     if n_personal:
         rows.append((f"{n_personal:,}", f"of them with personal data, {'masked' if s.pii == 'mask' else 'as it was'}"))
     rows += [(f"{n:,}", f"dropped: {reason}") for reason, n in reasons.items()]
-    print_columns(rows, indent="")
-    return print_next(command_line("data", "audit", str(out)))
+    return print_columns(rows, indent="")
 
 
 def _reasons(lost: list[Outcome]) -> str:

@@ -16,6 +16,7 @@ from posttrain.cli.data_files import (
     columns_of,
     raw_rows,
     read_groups,
+    reading_options,
     refuse_names,
     refuse_overwriting,
     resolve,
@@ -97,7 +98,7 @@ def split(
         ],
         indent="",
     )
-    return print_next(command_line("data", "audit", str(out_train)))
+    return print_next(command_line("data", "audit", str(out_train), *reading_options(form, column)))
 
 
 def _asked(row: Row) -> str:
