@@ -167,7 +167,7 @@ def _train_and_save(sr: StageRun) -> None:
     policy = load_policy(sr.parent.source, replace(sr.options, quantised=s.adapter == "qlora"))
     renderer = _renderer(sr, policy)
     _refuse_other_template(sr.parent, renderer)
-    for note in policy.notes:
+    for note in (*policy.notes, *renderer.template.notes):
         sr.say(note)
     # While the parent is loaded, and not in 4 bits: the verdict needs its answers.
     scores = scoring.is_scoring(sr.stage)
