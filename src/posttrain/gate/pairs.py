@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.gate import stats
+from posttrain.gate.decide import SEED
 from posttrain.gate.suites import ItemResult, Suite
 from posttrain.intervals import wilson
-from posttrain.records import Measured, Outcome, Pair
+from posttrain.records import Interval, Measured, Outcome, Pair
 from posttrain.rollout.scorer import Answer, Scorer
 
 PREAMBLE = "Certainly! "
@@ -66,18 +68,19 @@ class Probe:
 class LengthBias:
     """How often the model prefers the longer answer, and how often the labels do; pairs of equal length are left out.
 
-    `correlation`: of score difference and length difference over pairs, both around zero.
+    `apart`: the 95 % interval of the difference of both shares, over the same pairs. `correlation`: of score difference
+    and length difference over pairs, both around zero.
     """
 
     model: Measured
     labels: Measured
+    apart: Interval
     correlation: float
 
     @property
     def found(self) -> bool:
         """More, or less, than the labels can explain."""
-        ours, theirs = self.model.interval, self.labels.interval
-        return ours.low > theirs.high or ours.high < theirs.low
+        return 0.0 not in self.apart
 
     def __str__(self) -> str:
         what = f"prefers the longer answer in {_share(self.model)} of pairs, the labels in {_share(self.labels)}"
@@ -128,6 +131,7 @@ class PairReport:
             and {
                 "model_prefers_longer": _plain(length.model),
                 "labels_prefer_longer": _plain(length.labels),
+                "difference_interval": [length.apart.low, length.apart.high],
                 "correlation": length.correlation,
                 "found": length.found,
             },
@@ -283,13 +287,15 @@ def _length_bias(scores: Scored, lengths: Sequence[tuple[int, int]]) -> LengthBi
     unlike_P = longer_P != 0
     if not unlike_P.any():
         return None
-    sign_P = np.sign(apart_P[unlike_P] * longer_P[unlike_P])
+    picks_P = (0.5 + np.sign(apart_P[unlike_P] * longer_P[unlike_P]) / 2).tolist()
+    label_P = (longer_P[unlike_P] > 0).astype(float).tolist()
+    if 0.5 in picks_P:
+        both = stats.paired_mean(label_P, picks_P, SEED)
+    else:
+        both = stats.paired_binary([x == 1.0 for x in label_P], [x == 1.0 for x in picks_P])
     norm = math.sqrt(float((apart_P**2).sum() * (longer_P**2).sum()))
-    return LengthBias(
-        model=_measured((0.5 + sign_P / 2).tolist()),
-        labels=_measured((longer_P[unlike_P] > 0).astype(float).tolist()),
-        correlation=float((apart_P * longer_P).sum()) / norm if norm else 0.0,
-    )
+    correlation = float((apart_P * longer_P).sum()) / norm if norm else 0.0
+    return LengthBias(_measured(picks_P), _measured(label_P), both.interval, correlation)
 
 
 def _share(m: Measured) -> str:
