@@ -239,7 +239,9 @@ def test_what_stands_in_the_answers_moves_no_pair_to_the_other_side(
         return [*said, {"role": "assistant", "content": text}]
 
     pairs = [{"prompt": asked, "n": i} for i in range(40)] + others
-    write_rows(folder / "p.jsonl", [{**p, "chosen": on(i, "Two."), "rejected": on(i, "No.")} for i, p in enumerate(pairs)])
+    write_rows(
+        folder / "p.jsonl", [{**p, "chosen": on(i, "Two."), "rejected": on(i, "No.")} for i, p in enumerate(pairs)]
+    )
     write_rows(folder / "r.jsonl", [{**p, "completion": on(i, "Two."), "label": True} for i, p in enumerate(pairs)])
     for file in ("p.jsonl", "r.jsonl"):
         assert split(capsys, file, "--eval", "0.3")["prompts"] == 41

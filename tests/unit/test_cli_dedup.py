@@ -106,7 +106,9 @@ def test_the_next_command_reads_and_compares_as_this_one_did(folder: Path, capsy
         assert main(["data", *words]) == 0
         return capsys.readouterr().out.rsplit("\nNext: posttrain data ", 1)[1].strip()
 
-    write_rows(folder / "odd.jsonl", [{"how": LONG.format(i), "completion": f"Of {i}, not a few.", "x": i} for i in range(40)])
+    write_rows(
+        folder / "odd.jsonl", [{"how": LONG.format(i), "completion": f"Of {i}, not a few.", "x": i} for i in range(40)]
+    )
     tokens = ["--n", "20", "--level", "token", "--tokenizer", "builtin:tiny-base", "--limit", "5"]
     command = ["decontaminate", "train.jsonl", "--against", "eval.jsonl", *tokens]
     assert next_of(*command) == " ".join([*command, "--out clean.jsonl"])

@@ -91,7 +91,10 @@ def test_an_item_of_several_turns_is_found_turn_by_turn() -> None:
     ]
     assert screen(rows, Index.of([item]), "drop") == ["why", "fewer"]
     second = evaluation_item(Task("e:2", conversation("e", "Could you help me with eggs?", EVAL)[:-1]))
-    helped = [Example("help", conversation("t", "Could you help me with eggs?")), Example("eggs", conversation("t", EVAL))]
+    helped = [
+        Example("help", conversation("t", "Could you help me with eggs?")),
+        Example("eggs", conversation("t", EVAL)),
+    ]
     assert screen(helped, Index.of([second]), "drop") == ["help"]
     long = evaluation_item(Task("e:3", conversation("e", EVAL, f"And now all of it again, {EVAL[::-1]}")[:-1]))
     assert screen(helped, Index.of([long]), "drop") == ["help"], "a long turn beside one that is longer"
