@@ -245,6 +245,29 @@ def test_judged_answers_are_not_imitated_unless_it_is_said(read: Read, row: dict
     assert len(read(Example, row, format=name)[0]) == 1
 
 
+def test_a_verdict_that_the_first_row_leaves_open_is_still_seen(read: Read) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (None, True)]
+    assert "d.jsonl:2" in (says := refusal(read, Example, *rows)) and "'label' looks like a verdict" in says
+    assert len(read(Example, *rows, format="prompt_completion")[0]) == 2
+
+
+@pytest.mark.parametrize("first", [{}, {"context": None, "system_prompt": None, "functions": None}])
+def test_optional_columns_under_another_name_that_the_first_row_leaves_out(read: Read, first: dict[str, Any]) -> None:
+    dolly = {"instruction": "How long?", "response": "1 km."}
+    examples, _ = read(Example, dolly | first, dolly | {"context": "River 1 is 1 km long."})
+    assert [e.messages[0].content for e in examples] == ["How long?", "How long?\n\nRiver 1 is 1 km long."]
+    short = {"prompt": "Hi", "completion": "Hello."}
+    examples, _ = read(Example, short | first, short | {"system_prompt": "Be short."}, short | {"system": "Be long."})
+    assert [[m.content for m in e.messages if m.role == "system"] for e in examples] == [
+        [],
+        ["Be short."],
+        ["Be long."],
+    ]
+    talk = {"messages": [USER, HELLO]}
+    examples, _ = read(Example, talk | first, talk | {"functions": [WEATHER]})
+    assert [len(e.tools) for e in examples] == [0, 1]
+
+
 def test_two_conversations_in_one_row_are_ambiguous(read: Read) -> None:
     row = {"messages": [USER, HELLO], "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     assert "the columns fit messages and sharegpt" in refusal(read, Example, row)
