@@ -170,6 +170,24 @@ def test_what_a_message_cannot_say_is_refused_by_name(read: Read, message: dict[
     assert "d.jsonl:2: messages[1] " in said and says in said
 
 
+UNSOUND = [
+    ('{"a": 1, "a": 2}', "the key 'a' stands twice"),
+    ('{"a": NaN}', "NaN is no JSON value"),
+    ('{"a": "\\ud83d"}', "half a character"),
+    ('{"a": ' + "[" * 70 + "]" * 70 + "}", "more than 64 deep"),
+]
+
+
+@pytest.mark.parametrize(("inner", "says"), UNSOUND)
+def test_json_inside_a_string_is_read_as_strictly_as_the_row(read: Read, inner: str, says: str) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": inner}}]}
+    assert says in (fault := refusal(read, Example, {"messages": [USER, call]})) and "d.jsonl:1: messages[1]" in fault
+    older = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": f'{{"name": "f", "arguments": {inner}}}'}]
+    assert says in refusal(read, Example, {"conversations": older})
+    for tools in (f'[{{"name": "f", "parameters": {inner}}}]', [f'{{"name": "f", "parameters": {inner}}}']):
+        assert says in refusal(read, Example, {"messages": [USER, HELLO], "tools": tools})
+
+
 def test_sharegpt_faults(read: Read) -> None:
     fine = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     for turn, says in (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from posttrain.data.conversations import as_messages
-from posttrain.data.sources.rows import RawRow
+from posttrain.data.sources.rows import RawRow, parse_text
 from posttrain.errors import DataError
 from posttrain.records import Message, Row
 
@@ -137,14 +137,14 @@ def _tool(item: Any, i: int, row: RawRow) -> str:
 
 def _json(text: str, row: RawRow) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise _bad_tool("'tools' must be JSON", text, row) from None
+        return parse_text(text, "")
+    except DataError as fault:
+        raise _bad_tool("'tools' must be JSON", text, row, f": {fault.what}") from None
 
 
-def _bad_tool(what: str, value: Any, row: RawRow) -> DataError:
+def _bad_tool(what: str, value: Any, row: RawRow, why: str = ".") -> DataError:
     return DataError(
-        f"{what}; it is {value!r:.60}.",
+        f"{what}; it is {value!r:.60}{why}",
         where=row.where,
         remedy='A tool is {"type": "function", "function": {"name": ..., "parameters": {...}}}.',
     )
