@@ -97,6 +97,40 @@ def test_what_is_trained_message_by_message(read: Read) -> None:
     assert [m.train for m in example.messages if m.role == "assistant"] == [False, False, True, None]
 
 
+MARKED, QUIET = {**HELLO, "train": True}, {**HELLO, "weight": 0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "says"),
+    [
+        (Example, {"prompt": [USER, MARKED, USER], "completion": "x"}, "'prompt' has a message with train: true"),
+        (Task, {"prompt": [USER, MARKED, USER]}, "'prompt' has a message with train: true"),
+        (Pair, {"prompt": "Hi", "chosen": [QUIET], "rejected": "x"}, "'chosen' has a message with train: false"),
+        (Pair, {"prompt": "Hi", "chosen": "x", "rejected": [QUIET]}, "'rejected' has a message with train: false"),
+        (
+            Pair,
+            {"chosen": [USER, MARKED, USER, HELLO], "rejected": [USER, MARKED, USER, {**HELLO, "content": "x"}]},
+            "'prompt' has a message with train: true",
+        ),
+        (Rated, {"prompt": "Hi", "completion": [QUIET], "label": True}, "'completion' has a message with train: false"),
+        (Rated, {"messages": [USER, QUIET], "label": True}, "'messages' has a message with train: false"),
+        (Rated, {"messages": [USER, MARKED, USER, HELLO], "label": True}, "'messages' has a message with train: true"),
+    ],
+)
+def test_train_marks_that_would_not_be_obeyed_are_refused(
+    read: Read, kind: type[Row], row: dict[str, Any], says: str
+) -> None:
+    assert says in refusal(read, kind, row)
+
+
+def test_train_marks_that_agree_are_accepted(read: Read) -> None:
+    prompt = [USER, QUIET, USER]
+    assert len(read(Pair, {"prompt": prompt, "chosen": [MARKED], "rejected": "x"})[0]) == 1
+    assert len(read(Rated, {"messages": [*prompt, MARKED], "label": True})[0]) == 1
+    (example,), _ = read(Example, {"prompt": prompt, "completion": [QUIET, USER, HELLO]})
+    assert [m.train for m in example.messages if m.role == "assistant"] == [False, False, None]
+
+
 def test_sharegpt_with_a_call(read: Read) -> None:
     """As glaive_toolcall writes it: the call and the tools are JSON texts."""
     row = {

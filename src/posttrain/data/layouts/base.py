@@ -70,6 +70,7 @@ def prompt_of(row: RawRow) -> tuple[Message, ...]:
             raise wrong_end(messages, "user", "prompt", row)
     else:
         messages = (Message("user", text_of(row, "prompt")),)
+    refuse_train(messages, True, "prompt", row)
     return system_of(row, messages) + messages
 
 
@@ -106,6 +107,17 @@ def wrong_end(messages: Sequence[Message], role: str, column: str, row: RawRow) 
         where=row.where,
         remedy="Remove the trailing message, or add the missing one.",
     )
+
+
+def refuse_train(messages: Sequence[Message], train: bool, column: str, row: RawRow) -> None:
+    """A message marked against what this format does with `column`: a prompt is context, a judged answer is scored."""
+    if any(message.train is train for message in messages):
+        said, done = ("true", "context, without loss") if train else ("false", "judged as a whole")
+        raise DataError(
+            f"{column!r} has a message with train: {said} (or weight: {int(train)}), but it is {done}.",
+            where=row.where,
+            remedy="Remove the mark; which answers are trained on can be chosen in rows with `messages` alone.",
+        )
 
 
 def as_context(messages: Sequence[Message]) -> tuple[Message, ...]:

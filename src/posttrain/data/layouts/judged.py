@@ -11,6 +11,7 @@ from posttrain.data.layouts.base import (
     ends_with_answer,
     given,
     prompt_of,
+    refuse_train,
     system_of,
     tools_of,
 )
@@ -35,7 +36,9 @@ def _from_preference(row: RawRow) -> Pair | Dropped:
     elif lead := system_of(row, chosen):
         chosen, rejected = lead + chosen, lead + rejected
     prompt, chosen, rejected = common_prompt(chosen, rejected)
+    refuse_train(prompt, True, "prompt", row)
     for column, side in (("chosen", chosen), ("rejected", rejected)):
+        refuse_train(side, False, column, row)
         if not prompt or not side or side[0].role != "assistant":
             raise DataError(
                 f"{column!r} does not continue the prompt with an assistant message.",
@@ -77,6 +80,7 @@ def _from_unpaired(row: RawRow) -> Rated | Dropped:
             where=row.where,
             remedy="What comes before the answer belongs into `prompt`.",
         )
+    refuse_train(completion, False, "completion", row)
     return Rated(row.id, prompt_of(row), ends_with_answer(completion, "completion", row), good, tools=tools_of(row))
 
 
@@ -93,6 +97,8 @@ def _from_rated_messages(row: RawRow) -> Rated | Dropped:
             where=row.where,
             remedy="Write prompt and completion apart.",
         )
+    refuse_train(messages[:-1], True, "messages", row)
+    refuse_train(messages[-1:], False, "messages", row)
     return Rated(row.id, messages[:-1], messages[-1:], good, tools=tools_of(row))
 
 
