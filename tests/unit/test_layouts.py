@@ -216,7 +216,10 @@ UNSOUND = [
 def test_json_inside_a_string_is_read_as_strictly_as_the_row(read: Read, inner: str, says: str) -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": inner}}]}
     assert says in (fault := refusal(read, Example, {"messages": [USER, call]})) and "d.jsonl:1: messages[1]" in fault
-    older = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": f'{{"name": "f", "arguments": {inner}}}'}]
+    older = [
+        {"from": "human", "value": "Hi"},
+        {"from": "function_call", "value": f'{{"name": "f", "arguments": {inner}}}'},
+    ]
     assert says in refusal(read, Example, {"conversations": older})
     for tools in (f'[{{"name": "f", "parameters": {inner}}}]', [f'{{"name": "f", "parameters": {inner}}}']):
         assert says in refusal(read, Example, {"messages": [USER, HELLO], "tools": tools})
@@ -371,6 +374,46 @@ def test_pairs_that_call_tools(read: Read) -> None:
     assert lost == Dropped("d.jsonl:2", "empty answer")
 
 
+TRANSCRIPT = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: How are you?\n\nAssistant:"
+TURNS = (ASKED, SAID, Message("user", "How are you?"))
+
+
+def test_a_transcript_as_prompt_is_a_conversation(read: Read) -> None:
+    (pair,), _ = read(Pair, {"prompt": TRANSCRIPT, "chosen": " Fine.", "rejected": " Bad."})
+    assert pair.prompt == TURNS
+    assert (pair.chosen, pair.rejected) == ((Message("assistant", "Fine."),), (Message("assistant", "Bad."),))
+    (rated,), _ = read(Rated, {"prompt": TRANSCRIPT, "completion": " Fine.", "label": True})
+    assert rated.prompt == TURNS and rated.completion == (Message("assistant", "Fine."),)
+    (task,), _ = read(Task, {"prompt": TRANSCRIPT})
+    assert task.prompt == TURNS
+    (example,), _ = read(Example, {"prompt": TRANSCRIPT, "completion": " Fine.", "system": "S"})
+    assert [m.content for m in example.messages] == ["S", "Hi", "Hello.", "How are you?", "Fine."]
+
+
+def test_a_transcript_beside_its_prompt_is_not_scored_as_an_answer(read: Read) -> None:
+    whole = "\n\nHuman: Hi\n\nAssistant: "
+    for prompt in ("Hi", "\n\nHuman: Hi\n\nAssistant:"):
+        (pair,), _ = read(Pair, {"prompt": prompt, "chosen": f"{whole}Hello.", "rejected": f"{whole}no."})
+        assert pair == Pair(pair.id, (ASKED,), (SAID,), (Message("assistant", "no."),))
+    row = {"prompt": "Hi", "completion": f"{whole}Hello.", "label": True}
+    assert "'completion' must begin with an assistant message" in refusal(read, Rated, row)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "says"),
+    [
+        (Task, {"prompt": "Be short.\n\nHuman: Hi\n\nAssistant:"}, "does not begin so"),
+        (Task, {"prompt": "Human: Fall Flat is what?"}, "ends with an open Assistant:"),
+        (Task, {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello."}, "ends with an open Assistant:"),
+        (Rated, {"prompt": "Hi", "completion": "Hello.\n\nHuman: Bye", "label": True}, "'completion' has Human:"),
+        (Pair, {"prompt": "Hi", "chosen": "Hello.\n\nHuman: Bye", "rejected": "x"}, "'chosen' has Human:"),
+        (Pair, {"prompt": "Hi", "chosen": "x", "rejected": "\n\nHuman: Ho\n\nAssistant: y"}, "does not continue"),
+    ],
+)
+def test_speaker_marks_in_other_places_are_refused(read: Read, kind: type[Row], row: dict[str, Any], says: str) -> None:
+    assert says in refusal(read, kind, row)
+
+
 def test_a_prompt_that_the_sides_do_not_continue(read: Read) -> None:
     other = [{"role": "user", "content": "Other"}, HELLO]
     row = {"prompt": "Hi", "chosen": other, "rejected": [USER, HELLO]}
@@ -502,11 +545,11 @@ def test_every_real_set_is_read_to_the_last_row() -> None:
     expected = [
         ("gsm8k-train.jsonl", Task, {}, 7473, 0, "has question (as prompt), with answer"),
         ("gsm8k-test.jsonl", Task, {}, 1319, 0, "has question (as prompt), with answer"),
-        ("gsm8k-test.jsonl", Example, answered, 1319, 0, "has prompt and completion"),
+        ("gsm8k-test.jsonl", Example, answered, 1319, 0, "has question (as prompt) and answer (as completion)"),
         ("hh-harmless-test.jsonl.gz", Pair, {}, 2312, 4, "has chosen and rejected"),
         ("alpaca-eval-preferences.jsonl", Pair, {}, 2415, 6, "has chosen and rejected, with prompt"),
         ("humaneval.jsonl.gz", Task, {}, 164, 0, "has prompt"),
-        ("self-instruct-seed-tasks.jsonl", Task, {"prompt": "instruction"}, 175, 0, "has prompt"),
+        ("self-instruct-seed-tasks.jsonl", Task, {"prompt": "instruction"}, 175, 0, "has instruction (as prompt)"),
     ]
     for path, kind, columns, n, n_dropped, rule in expected:
         dataset = DatasetSettings(path=path, columns=columns)

@@ -218,6 +218,35 @@ def parse_transcript(text: str, field: str, where: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
+def has_speakers(text: str) -> bool:
+    """Whether a text has the marks of a transcript, "Human:" or "Assistant:" at the start of a paragraph."""
+    return SPEAKER.search(f"\n\n{text}") is not None
+
+
+def parse_marked(text: str, field: str, where: str) -> tuple[Message, ...]:
+    """A text with speaker marks beside or as `prompt`: a transcript to its first letter, or refused."""
+    if SPEAKER.match(text if text.startswith("\n\n") else f"\n\n{text}"):
+        return parse_transcript(text, field, where)
+    raise DataError(
+        f"{field!r} has Human: or Assistant: at the start of a paragraph, but does not begin so; it begins {text!r:.60}.",
+        where=where,
+        remedy="As a transcript begin it with a speaker; as plain text write it as a list of one message.",
+    )
+
+
+def parse_prompt(text: str, field: str, where: str) -> tuple[Message, ...]:
+    """A prompt with speaker marks: it must open the assistant's turn, as nothing else tells it from plain text."""
+    messages = parse_marked(text, field, where)
+    if len(messages) < 2 or messages[-1] != Message("assistant", "") or not all(m.content for m in messages[:-1]):
+        raise DataError(
+            f"{field!r} looks like a transcript, but is none that ends with an open Assistant: and has no empty turn; "
+            f"it begins {text!r:.60}.",
+            where=where,
+            remedy='Write "\\n\\nHuman: ...\\n\\nAssistant:", or a list of messages.',
+        )
+    return messages[:-1]
+
+
 def common_prompt(
     chosen: tuple[Message, ...], rejected: tuple[Message, ...]
 ) -> tuple[tuple[Message, ...], tuple[Message, ...], tuple[Message, ...]]:

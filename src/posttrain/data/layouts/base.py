@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from posttrain.data.conversations import as_messages
+from posttrain.data.conversations import as_messages, has_speakers, parse_prompt
 from posttrain.data.sources.rows import RawRow, parse_text
 from posttrain.errors import DataError
 from posttrain.records import Message, Row
@@ -69,7 +69,8 @@ def prompt_of(row: RawRow) -> tuple[Message, ...]:
         if messages[-1].role not in ("user", "tool"):
             raise wrong_end(messages, "user", "prompt", row)
     else:
-        messages = (Message("user", text_of(row, "prompt")),)
+        text = text_of(row, "prompt")
+        messages = parse_prompt(text, "prompt", row.where) if has_speakers(text) else (Message("user", text),)
     refuse_train(messages, True, "prompt", row)
     return system_of(row, messages) + messages
 
@@ -92,7 +93,13 @@ def answer_of(row: RawRow, column: str) -> tuple[Message, ...]:
         value = [value]
     if isinstance(value, list):
         return ends_with_answer(as_messages(value, column, row.where), column, row)
-    return (Message("assistant", text_of(row, column)),)
+    return (Message("assistant", continued(text_of(row, column), row)),)
+
+
+def continued(text: str, row: RawRow) -> str:
+    """An answer to `prompt`. After the "Assistant:" of a transcript the space between them is the mark's."""
+    prompt = row.fields.get("prompt")
+    return text.strip() if isinstance(prompt, str) and has_speakers(prompt) else text
 
 
 def ends_with_answer(messages: tuple[Message, ...], column: str, row: RawRow) -> tuple[Message, ...]:

@@ -162,8 +162,11 @@ def _layout(dataset: DatasetSettings, name: str, form: Format, seen: RawRow, rul
             aliases[column] = str(found)
     aliases |= dataset.columns
     described = [f"{c} (as {ours})" if (c := aliases.get(ours)) else ours for ours in form.required]
-    more = [f"{aliases[c]} (as {c})" if c in aliases else c for c in dict.fromkeys((*form.optional, *aliases))
-            if c not in form.required and (c in aliases or given(seen, c))]
+    more = [
+        f"{aliases[c]} (as {c})" if c in aliases else c
+        for c in dict.fromkeys((*form.optional, *aliases))
+        if c not in form.required and (c in aliases or given(seen, c))
+    ]
     rule = rule or "has " + " and ".join(described) + (f", with {' and '.join(more)}" if more else "")
     return Layout(name, rule, form, aliases, frozenset(dataset.columns))
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from posttrain.data.conversations import as_messages, common_prompt, parse_transcript
+from posttrain.data.conversations import as_messages, common_prompt, has_speakers, parse_marked, parse_transcript
 from posttrain.data.layouts.base import (
     Dropped,
     Format,
+    continued,
     ends_with_answer,
     given,
     prompt_of,
@@ -61,7 +62,9 @@ def _side(row: RawRow, column: str) -> tuple[Message, ...] | None:
     if not value.strip():
         return None
     if given(row, "prompt"):
-        return (Message("assistant", value),)
+        if has_speakers(value):
+            return parse_marked(value, column, row.where)
+        return (Message("assistant", continued(value, row)),)
     return parse_transcript(value, column, row.where)
 
 
