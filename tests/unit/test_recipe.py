@@ -449,7 +449,8 @@ def test_diff_reads_like_a_sentence() -> None:
 def test_the_schema_knows_every_method_and_refuses_unknown_keys() -> None:
     schema = json_schema()
     methods = [next(iter(choice["properties"])) for choice in schema["properties"]["stages"]["items"]["oneOf"]]
-    assert methods == ["sft", "dpo", "kto", "simpo", "cpo", "orpo", "grpo"]
+    scoring = ["reward_model", "process_reward_model"]
+    assert methods == ["sft", "dpo", "kto", "simpo", "cpo", "orpo", *scoring, "grpo"]
     assert {"name", "model", "stages"} == set(schema["required"])
     assert {"name", "model", "seed", "chat_template", "register", "stages"} == set(schema["properties"])
     assert all(schema["$defs"][name]["additionalProperties"] is False for name in ("SFTSettings", "LoraSettings"))
