@@ -547,7 +547,7 @@ def test_every_real_set_is_read_to_the_last_row() -> None:
         ("gsm8k-test.jsonl", Task, {}, 1319, 0, "has question (as prompt), with answer"),
         ("gsm8k-test.jsonl", Example, answered, 1319, 0, "has question (as prompt) and answer (as completion)"),
         ("hh-harmless-test.jsonl.gz", Pair, {}, 2312, 4, "has chosen and rejected"),
-        ("alpaca-eval-preferences.jsonl", Pair, {}, 2415, 6, "has chosen and rejected, with prompt"),
+        ("alpaca-eval-preferences.jsonl", Pair, {}, 2415, 6, "has chosen and rejected, with prompt and confidence"),
         ("humaneval.jsonl.gz", Task, {}, 164, 0, "has prompt"),
         ("self-instruct-seed-tasks.jsonl", Task, {"prompt": "instruction"}, 175, 0, "has instruction (as prompt)"),
     ]

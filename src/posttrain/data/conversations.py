@@ -228,7 +228,7 @@ def parse_marked(text: str, field: str, where: str) -> tuple[Message, ...]:
     if SPEAKER.match(text if text.startswith("\n\n") else f"\n\n{text}"):
         return parse_transcript(text, field, where)
     raise DataError(
-        f"{field!r} has Human: or Assistant: at the start of a paragraph, but does not begin so; it begins {text!r:.60}.",
+        f"{field!r} has Human: or Assistant: at the start of a paragraph, but does not begin so: {text!r:.60}.",
         where=where,
         remedy="As a transcript begin it with a speaker; as plain text write it as a list of one message.",
     )

@@ -55,8 +55,8 @@ class Layout:
         for column in self.clashes:
             if given(row, column):
                 raise DataError(
-                    f"the columns fit {self.name}, but {column!r} looks like a verdict on each answer, which this stage "
-                    "would not read: bad answers would be learned like good ones.",
+                    f"the columns fit {self.name}, but {column!r} looks like a verdict on each answer, which "
+                    "this stage would not read: bad answers would be learned like good ones.",
                     where=row.where,
                     remedy=f"Set format: {self.name} to learn from every row, or use the rows in a stage for unpaired "
                     "preferences.",
