@@ -1,0 +1,294 @@
+"""One forward and backward pass of the training code itself, on tensors without contents.
+
+A model of many equal layers is traced with three: the first, one in the middle, the last. What the middle one adds is
+repeated. So a 70-billion model takes a second, and the result is that of tracing all its layers
+(tests/unit/test_plan_trace.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from posttrain.models.adapters import add_lora
+from posttrain.models.attention import ForestUnsupported
+from posttrain.models.load import merged_state
+from posttrain.models.policy import Policy, disable_dropout
+from posttrain.plan.ledger import Ledger, Span, count_grouped_products
+from posttrain.plan.shape import TRACED_LAYERS, Shape, fake_tensors, give_device, layers_of, use_forest
+from posttrain.records import Tree
+from posttrain.settings import LoraSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How a model is held for training."""
+
+    kept: torch.dtype  # of the weights
+    compute: torch.dtype
+    device: str  # cpu | cuda
+    lora: LoraSettings | None = None
+    checkpointing: bool = False
+    dropout: bool = True
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return self.compute if self.compute != self.kept else None
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """Bytes above the weights and whatever else is held; operations of the whole pass."""
+
+    peak: int
+    kept: int  # alive when the forward pass is over: what the backward pass needs
+    flops: int
+    layout: str  # forest | padded
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    n_params: int
+    n_trainable: int
+    weight_bytes: int  # adapters included
+    trainable_bytes: int  # and so many of gradients
+    merged_bytes: int  # what saving an adapter's merged model takes beside the weights
+
+
+def count(shape: Shape, setup: Setup) -> Counts:
+    """Exact counts of the whole model with its adapter."""
+    policy = _policy(shape, setup, None)
+    parameters = list(policy.model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    merged = 0
+    if setup.lora is not None:
+        with Ledger(parameters) as ledger:
+            merged_state(policy)
+        merged = ledger.peak
+    return Counts(
+        n_params=sum(p.numel() for p in parameters),
+        n_trainable=sum(p.numel() for p in trained),
+        weight_bytes=sum(map(_size, parameters)),
+        trainable_bytes=sum(map(_size, trained)),
+        merged_bytes=merged,
+    )
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def trace_training(
+    shape: Shape, setup: Setup, trees: Sequence[Tree], *, accumulating: bool, reference_too: bool = False
+) -> Traced:
+    """Forward, loss and backward of one micro-batch. `accumulating`: gradients of an earlier one are there already
+    (and counted by the caller); else they are born here. `reference_too`: the reference scores the same trees between
+    forward and backward, as a KL term needs."""
+
+    def run(policy: Policy, ledger: Ledger, marks: _Marks) -> None:
+        policy.model.train()
+        scored, _ = policy.score(trees)
+        if reference_too:
+            with torch.no_grad(), policy.adapter_off() if policy.adapter is not None else nullcontext():
+                policy.score(trees)
+        marks.forward_done()
+        (-scored.logp_N.sum()).backward()
+
+    return _trace(shape, setup, trees, run, accumulating=accumulating)
+
+
+def trace_scoring(shape: Shape, setup: Setup, trees: Sequence[Tree]) -> Traced:
+    """Log-probabilities without gradients: evaluation, and asking a reference."""
+
+    @torch.no_grad()
+    def run(policy: Policy, ledger: Ledger, marks: _Marks) -> None:
+        policy.model.eval()
+        policy.score(trees)
+        marks.forward_done()
+
+    return _trace(shape, setup, trees, run, accumulating=False)
+
+
+_Run = Callable[[Policy, Ledger, "_Marks"], None]
+
+
+def _trace(shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, *, accumulating: bool) -> Traced:
+    try:
+        return _trace_as(shape, setup, trees, run, "forest", accumulating)
+    except (ForestUnsupported, ValueError, TypeError, AttributeError, LookupError):
+        return _trace_as(shape, setup, trees, run, "padded", accumulating)
+
+
+def _trace_as(
+    shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, layout: str, accumulating: bool
+) -> Traced:
+    n_traced = TRACED_LAYERS if shape.uniform else shape.n_layers
+    count_grouped_products()
+    policy = _policy(shape, setup, n_traced)
+    with fake_tensors(setup.device) as mode:
+        give_device(policy.model)
+        if layout == "forest":
+            use_forest(policy.model)
+        policy.layout = layout
+        held = list(policy.model.parameters()) + list(policy.model.buffers())
+        if accumulating:
+            for p in policy.trainable().values():
+                p.grad = torch.empty_like(p)
+                held.append(p.grad)
+    batch = _without_contents(policy.batch(trees), mode)
+    held += list(_tensors(batch))
+    policy = _Prepared(**{f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)})
+    policy.prepared = batch
+    ledger = Ledger(held)
+    marks = _Marks(ledger)
+    with fake_tensors(setup.device), mode, _kernels_of(setup.device), marks.on(policy, n_traced), ledger:
+        run(policy, ledger, marks)
+        ledger.mark("end")
+    spans = repeat_middle(ledger.spans, n_traced, shape.n_layers) if shape.uniform else ledger.spans
+    peak, kept = _highest(spans)
+    n_tokens = sum(tree.n_tokens for tree in trees)
+    return Traced(peak, kept, sum(span.flops for span in spans), layout, n_tokens)
+
+
+@dataclass
+class _Prepared(Policy):
+    """A policy whose batch was laid out before, because index arithmetic needs contents."""
+
+    prepared: Any = None
+
+    def batch(self, trees: Sequence[Tree]) -> Any:
+        return self.prepared
+
+
+def _policy(shape: Shape, setup: Setup, n_layers: int | None) -> Policy:
+    policy = Policy(shape.build(setup.kept, n_layers), None, autocast=setup.autocast)
+    if not setup.dropout:
+        disable_dropout(policy.model)
+    if setup.lora is not None:
+        with torch.device("meta"):
+            add_lora(policy, setup.lora, seed=0)
+    if setup.checkpointing:
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy
+
+
+class _Marks:
+    """Closes a span where each layer begins on the way up, and where each layer's input has its gradient on the way
+    down."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._upward = True
+
+    def forward_done(self) -> None:
+        self._upward = False
+        self._ledger.mark("forward done")
+
+    @contextmanager
+    def on(self, policy: Policy, n_layers: int) -> Iterator[None]:
+        layers = layers_of(policy.model, n_layers) or ()
+        handles = [
+            layer.register_forward_pre_hook(self._hook(i), with_kwargs=True)  # type: ignore[arg-type]
+            for i, layer in enumerate(layers)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, index: int) -> Callable[..., None]:
+        seen: list[bool] = []
+
+        def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._upward or seen:  # recomputed under checkpointing, or a second pass for the reference
+                return
+            seen.append(True)
+            self._ledger.mark(f"up {index}")
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if index and hidden.requires_grad:
+                hidden.register_hook(lambda _: self._ledger.mark(f"down {index}"))
+
+        return before
+
+
+def repeat_middle(spans: Sequence[Span], n_traced: int, n_layers: int) -> list[Span]:
+    """The spans of `n_layers` layers from those of three: the second layer's, up and down, repeated."""
+    extra = n_layers - n_traced
+    out: list[Span] = []
+    for span in spans:
+        # A span is labelled by the mark that closes it: "up 2" closes layer 1 on the way up, "down 1" on the way down.
+        middle = span.label in (f"up {n_traced - 1}", f"down {n_traced - 2}")
+        out += [span] * (1 + extra if middle else 1)
+    return out
+
+
+def _highest(spans: Sequence[Span]) -> tuple[int, int]:
+    """(peak, alive when the forward pass is over), replaying the spans one after the other."""
+    live = peak = kept = 0
+    for span in spans:
+        peak = max(peak, live + span.rise)
+        live += span.delta
+        if span.label == "forward done":
+            kept = live
+    return peak, kept
+
+
+@contextmanager
+def _kernels_of(device: str) -> Iterator[None]:
+    """Which kernels the device would choose, for as long as a trace runs (they are asked again while a checkpointed
+    layer is recomputed, so a function mode of torch would not do).
+
+    Attention without a mask takes a fused kernel on either device. With a mask (several answers on one prompt) a CPU
+    does too; on a GPU, grouped heads with a mask leave only the kernel that lays out all scores.
+    Mixture-of-experts layers take the grouped product that is defined for every number format.
+    """
+    fused = F.scaled_dot_product_attention
+
+    def attention(*args: Any, **kwargs: Any) -> Tensor:
+        if device == "cuda" and kwargs.get("attn_mask") is not None:
+            with sdpa_kernel(SDPBackend.MATH):
+                return fused(*args, **kwargs)
+        return fused(*args, **kwargs)
+
+    def grouped(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
+        return torch.ops.transformers.grouped_mm_fallback(x, weight, offs=offs)
+
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
+        for owner, name in ((F, "grouped_mm"), (torch, "_grouped_mm")):
+            if hasattr(owner, name):
+                patches.enter_context(mock.patch.object(owner, name, grouped))
+        yield
+
+
+def _without_contents(value: Any, mode: Any) -> Any:
+    if isinstance(value, Tensor):
+        return mode.from_tensor(value)
+    if isinstance(value, tuple):
+        return tuple(_without_contents(item, mode) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {f.name: _without_contents(getattr(value, f.name), mode) for f in dataclasses.fields(value)}
+        return type(value)(**parts)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for f in dataclasses.fields(value):
+            yield from _tensors(getattr(value, f.name))
