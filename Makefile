@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRL := .venv-trl
 
-.PHONY: demo test test-all lint format bench tiny-base clean
+.PHONY: demo test test-all lint format bench bench-trl tiny-base clean
 
 demo: $(READY)
 	$(BIN)/posttrain demo
@@ -27,14 +28,24 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/forest.py
 
+# Side by side with TRL, which lives in an environment of its own; needs ../shared/data.
+bench-trl: $(READY) $(TRL)/.ready
+	$(BIN)/python benchmarks/side_by_side/run.py --theirs $(TRL)/bin/python
+	$(BIN)/python benchmarks/data_prep.py --theirs $(TRL)/bin/python
+
 tiny-base: $(READY)
 	$(BIN)/python recipes/tiny-base/make.py
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(TRL)
 
 # The constraints pin the CPU build of torch: an open range would fetch gigabytes of CUDA packages.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(TRL)/.ready: constraints.txt
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch trl==1.16.0
 	touch $@

@@ -72,6 +72,12 @@ def dpo(**changes: Any) -> dict[str, Any]:
     return {"dpo": settings | changes}
 
 
+def preference(method: str, **changes: Any) -> dict[str, Any]:
+    """Any other method that learns from pairs; KTO takes them as thumbs."""
+    settings = COMMON | dict(datasets=[{"path": "dpo.jsonl"}], max_steps=6, learning_rate=3e-3, save_steps=2)
+    return {method: settings | changes}
+
+
 def grpo(**changes: Any) -> dict[str, Any]:
     reward = {"format": {"pattern": ".*[aeiou].?", "example": "now"}}
     settings = COMMON | dict(datasets=[{"path": "grpo.jsonl"}], max_steps=4, learning_rate=1e-3, save_steps=2)

@@ -15,8 +15,8 @@ SOURCE = Path(__file__).parents[1] / "src"
 PACKAGE = SOURCE / "posttrain"
 
 LEVELS = [
-    {"errors", "records", "settings", "paths", "recipe", "reporting", "seeds"},
-    {"data", "models", "losses", "rewards", "registry"},
+    {"errors", "intervals", "network", "records", "settings", "paths", "recipe", "reporting", "seeds"},
+    {"data", "models", "losses", "rewards", "registry", "importers"},
     {"rollout", "train"},
     {"methods", "gate"},
     {"pipeline"},
@@ -35,6 +35,10 @@ TORCH_FREE = [
     "posttrain.reporting",
     "posttrain.seeds",
     "posttrain.recipe",
+    "posttrain.importers",
+    "posttrain.data.prepare",
+    "posttrain.data.worker",
+    "posttrain.data.whereabouts",
     "posttrain.cli",
     "posttrain.cli.app",
 ]

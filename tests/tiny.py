@@ -76,8 +76,11 @@ FOREST: dict[str, Callable[..., Any]] = {
         head_dim=4,
     ),
 }
-# Architectures it must refuse: attention sinks, and a state in place of attention.
+# Architectures it must refuse: chunks of attention, attention sinks, and a state in place of attention.
 PADDED: dict[str, Callable[..., Any]] = {
+    "llama4_text": _small(
+        hf.Llama4TextConfig, num_local_experts=2, intermediate_size_mlp=32, attention_chunk_size=64, pad_token_id=0
+    ),  # its chunks are longer than any probe
     "gpt_oss": _small(hf.GptOssConfig, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW),
     "mamba": lambda **_: hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4),
 }

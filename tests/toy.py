@@ -11,16 +11,27 @@ import torch
 from tiny import VOCABULARY, random_tree, tiny_policy
 
 from posttrain.data.order import batches
-from posttrain.methods import dpo, grpo, sft
+from posttrain.methods import cpo, dpo, grpo, kto, orpo, sft, simpo
+from posttrain.methods.pairs import PairLoss, PairObjective, pair_objective
 from posttrain.methods.stage import Stage
 from posttrain.models.adapters import add_lora
 from posttrain.models.policy import Policy, disable_dropout
 from posttrain.models.reference import Reference
-from posttrain.records import Completion, Outcome, Score, Task
+from posttrain.records import Completion, Outcome, Score, Task, Tree
 from posttrain.reporting import Reporter
 from posttrain.rewards.mix import MixScore
 from posttrain.rollout.local import LocalEngine
-from posttrain.settings import DPOSettings, GRPOSettings, LoraSettings, SFTSettings, StageSettings
+from posttrain.settings import (
+    CPOSettings,
+    DPOSettings,
+    GRPOSettings,
+    KTOSettings,
+    LoraSettings,
+    ORPOSettings,
+    SFTSettings,
+    SimPOSettings,
+    StageSettings,
+)
 from posttrain.train.loop import Place, Trained, train
 
 SEED = 5
@@ -53,18 +64,36 @@ def sft_objective(policy: Policy, s: SFTSettings, _place: Place) -> sft.SFTObjec
     )
 
 
-def dpo_objective(policy: Policy, s: DPOSettings, _place: Place) -> dpo.DPOObjective:
-    trees = [random_tree(i, 2 + i % 5, 1 + 3 * (i % 4), 2 + i % 3) for i in range(N_ROWS + 2)]
-    pairs = dpo._reference_pairs(Reference(policy), trees)
-    items = [dpo.Item(tree, *pair) for tree, pair in zip(trees, pairs, strict=True)]
-    return dpo.DPOObjective(policy, items[:N_ROWS], items[N_ROWS:], _steps(s), s)
+def stage_in(policy: Policy, place: Place) -> Stage:
+    return Stage(policy, FakeRenderer(), Path, place, QUIET, ())  # type: ignore[arg-type]
+
+
+def pair_trees() -> list[Tree]:
+    return [random_tree(i, 2 + i % 5, 1 + 3 * (i % 4), 2 + i % 3) for i in range(N_ROWS + 2)]
+
+
+def of_pairs(loss_of: Callable[[Any], PairLoss]) -> Callable[[Policy, Any, Place], PairObjective]:
+    def objective(policy: Policy, s: Any, place: Place) -> PairObjective:
+        trees = pair_trees()
+        return pair_objective(stage_in(policy, place), s, loss_of(s), trees[:N_ROWS], trees[N_ROWS:])
+
+    return objective
+
+
+dpo_objective = of_pairs(dpo.pair_loss)
+
+
+def kto_objective(policy: Policy, s: KTOSettings, place: Place) -> kto.KTOObjective:
+    trees = [random_tree(i, 2 + i % 5, 1 + 3 * (i % 4)) for i in range(N_ROWS + 2)]
+    rated = [kto.RatedTree(tree, i % 3 != 0) for i, tree in enumerate(trees)]
+    return kto.kto_objective(stage_in(policy, place), s, rated[:N_ROWS], rated[N_ROWS:])
 
 
 def grpo_objective(policy: Policy, s: GRPOSettings, place: Place) -> grpo.GRPOObjective:
     tasks = [Task(f"task-{i}", ()) for i in range(N_ROWS + 2)]
     prompts = {task.id: random_tree(i, 2 + i % 5).trunk_ids for i, task in enumerate(tasks)}
     return grpo.GRPOObjective(
-        stage=Stage(policy, FakeRenderer(), Path, place, QUIET, ()),  # type: ignore[arg-type]
+        stage=stage_in(policy, place),
         settings=s,
         tasks=tasks[:N_ROWS],
         held_out=tasks[N_ROWS:],
@@ -108,9 +137,20 @@ def _settings(kind: type[StageSettings], **defaults: Any) -> Callable[..., Any]:
 
 
 _rollouts = {"rewards": ["exact"], "num_generations": 4, "max_completion_length": 6, "max_checker_failure_rate": 1.0}
+_few = {"num_train_epochs": 2.0, "learning_rate": 1e-3}
 METHODS: dict[str, Method] = {
     "sft": Method(_settings(SFTSettings, num_train_epochs=2.0), sft_objective),
-    "dpo": Method(_settings(DPOSettings, num_train_epochs=2.0, learning_rate=1e-3), dpo_objective),
+    "dpo": Method(_settings(DPOSettings, **_few), dpo_objective),
+    "dpo-aot": Method(_settings(DPOSettings, **_few, loss_type=["aot", "sft"], ld_alpha=0.5), dpo_objective),
+    "dpo-weighed": Method(_settings(DPOSettings, **_few, use_weighting=True, ld_alpha=0.5), dpo_objective),
+    "dpo-moving": Method(
+        _settings(DPOSettings, **_few, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.5),
+        dpo_objective,
+    ),
+    "kto": Method(_settings(KTOSettings, **_few), kto_objective),
+    "simpo": Method(_settings(SimPOSettings, **_few), of_pairs(simpo.pair_loss)),
+    "cpo": Method(_settings(CPOSettings, **_few), of_pairs(cpo.pair_loss)),
+    "orpo": Method(_settings(ORPOSettings, **_few), of_pairs(orpo.pair_loss)),
     "grpo": Method(_settings(GRPOSettings, **_rollouts, num_train_epochs=2.0, beta=0.04), grpo_objective),
     "grpo-2": Method(_settings(GRPOSettings, **_rollouts, num_iterations=2), grpo_objective),
 }

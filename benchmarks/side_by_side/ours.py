@@ -56,7 +56,7 @@ def main(number: int, model_folder: str, data: str) -> None:
         rows = Path(folder) / "rows.jsonl"
         found = rows_of(case, Path(data))[:2048]
         if case.method == "grpo":
-            found = [row | {"answer": ""} for row in found]
+            found = [row | {"answer": "0"} for row in found]
         rows.write_text("".join(json.dumps(row) + "\n" for row in found))
         method = "sft" if case.method == "packed" else case.method
         settings = SETTINGS[method](datasets=[{"path": str(rows)}], **_keys(case), **COMMON)

@@ -123,7 +123,8 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    said = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT, check=False)
+    command = ["git", "describe", "--always", "--dirty"]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     return said.stdout.strip() or "not in a repository"
 
 

@@ -1,4 +1,4 @@
-"""TRL's side. Runs in an environment of its own that holds trl; gradient checkpointing off, float32, fused AdamW."""
+"""TRL's side, in an environment of its own that holds trl. Float32 and the rows in order; all else as TRL comes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, l
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 COMMON = dict(
-    max_steps=10_000, learning_rate=1e-5, bf16=False, gradient_checkpointing=False, report_to="none",
+    max_steps=10_000, learning_rate=1e-5, bf16=False, report_to="none",
     save_strategy="no", logging_steps=10_000, disable_tqdm=True, use_cpu=True, dataloader_num_workers=0,
     optim="adamw_torch_fused", train_sampling_strategy="sequential",
 )  # fmt: skip

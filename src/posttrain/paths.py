@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 
 from posttrain.errors import RecipeError
 
 ASSETS = Path(__file__).parent / "assets"
 BUILTIN = "builtin:"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FILE_NAME = re.compile(r".*\.(jsonl?|gz|csv|tsv|txt|parquet|arrow|feather|zip|zst|bz2|xz|ya?ml)", re.IGNORECASE)
 
 
 def resolve(path: str, base: Path) -> Path:
@@ -20,6 +23,11 @@ def resolve(path: str, base: Path) -> Path:
     if not path or not found.exists():
         raise RecipeError(f"{path or 'an empty path'} does not exist in {base}.", remedy=_nearest(found))
     return found
+
+
+def may_be_on_hub(path: str) -> bool:
+    """Whether a data set's path reads like owner/name. A file or folder of that name comes first."""
+    return HUB_NAME.fullmatch(path) is not None and FILE_NAME.fullmatch(path) is None
 
 
 def builtins() -> list[str]:

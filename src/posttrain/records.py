@@ -57,13 +57,15 @@ class Message:
 class Example:
     """A conversation to imitate, or plain `text`, all of it scored. `id` is stable: "file.jsonl:17".
 
-    `tools` holds the JSON schema of each tool the conversation may call, as JSON text.
+    `tools` holds the JSON schema of each tool the conversation may call, as JSON text. `n_prompt` messages are the
+    prompt, where the row tells prompt and completion apart.
     """
 
     id: str
     messages: tuple[Message, ...] = ()
     text: str | None = None
     tools: tuple[str, ...] = ()
+    n_prompt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class Task:
 
 
 Row = Example | Pair | Rated | Stepwise | Task
+Judged = Pair | Rated  # an answer preferred to another, or one with a thumb
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,8 @@ class Reporter:
             print(text, file=self._stream, flush=True)
 
     @contextmanager
-    def task(self, label: str, total: int, done: int = 0) -> Iterator[Task]:
-        """Progress of `total` steps of which `done` were done before (a resumed run)."""
+    def task(self, label: str, total: int | None, done: int = 0) -> Iterator[Task]:
+        """Progress of `total` steps (None: nobody knows) of which `done` were done before (a resumed run)."""
         if self._console is None:
             yield Task(label, total, done, self.line)
             return
@@ -53,7 +53,7 @@ class Reporter:
 class Task:
     """One running count with its estimate of the time left."""
 
-    def __init__(self, label: str, total: int, done: int, line: Any = None, live: Any = None) -> None:
+    def __init__(self, label: str, total: int | None, done: int, line: Any = None, live: Any = None) -> None:
         self._label, self._total, self._first = label, total, done
         self._line, self._live = line, live
         self._started = self._last_line = time.monotonic()
@@ -65,12 +65,13 @@ class Task:
         if self._live is not None:
             self._live(done, note)
         elif self._line is not None and (now - self._last_line >= PLAIN_EVERY_S or done == self._total):
-            self._line(f"{self._label} {done}/{self._total}  {note}".rstrip())
+            of_total = "" if self._total is None else f"/{self._total}"
+            self._line(f"{self._label} {done}{of_total}  {note}".rstrip())
             self._last_line = now
 
     def _eta(self, done: int, now: float) -> str:
         fresh = done - self._first
-        if fresh <= 0 or done >= self._total:
+        if fresh <= 0 or self._total is None or done >= self._total:
             return f"{now - self._started:.0f} s"
         return f"{duration((now - self._started) / fresh * (self._total - done))} left"
 

@@ -208,7 +208,11 @@ FAULTS = [
         "every answer cut",
         (sft(**data("long-answer"), on_overflow="truncate"),),
         EXIT_DATA,
-        ("long-answer.jsonl:1: not one of 1 answers ends with <|im_end|>", "never learn to stop.", "Raise max_length"),
+        (
+            "long-answer.jsonl:1: not one of 1 answers ends with <|im_end|>",
+            "learn to go on rather than to stop.",
+            "Raise max_length",
+        ),
     ),
     Fault(
         "beyond the positions",
@@ -256,9 +260,9 @@ FAULTS = [
         EXIT_DATA,
         (
             "leak.jsonl:1: 3 training rows hold 2 evaluation items",
-            "leak.jsonl:1 holds leaked.jsonl:1: “how many hours did red and the seven other people of the village”",
+            "leak.jsonl:1 holds leaked.jsonl:1: “how many hours did red and the seven other people of the village",
             "leak.jsonl:3 holds leaked.jsonl:1: “and the seven other people of the village wait there",
-            "Remove these rows from the training data, or judge on other items.",
+            "Remove these rows from the training data, judge on other items, or set on_contamination: drop.",
         ),
     ),
     Fault(
@@ -331,7 +335,7 @@ def test_overlong_rows_are_counted_when_the_recipe_allows_them(place: Path, rule
     written = [json.loads(line) for line in next(place.glob("home/runs/small/*/rows.jsonl")).read_text().splitlines()]
     assert written[-1]["reason"].startswith("longer than 64 tokens" if rule == "drop" else "2")
     if rule == "truncate":
-        assert "1-sft: 1 of 2 answers end with <|im_end|>, where sampling stops" in said
+        assert "1-sft: 1 of 2 answers end with <|im_end|>, where sampling stops; 1 were cut and stay open" in said
 
 
 def test_contaminated_rows_are_left_out_by_name_when_the_recipe_says_drop(place: Path) -> None:

@@ -40,7 +40,7 @@ MOMENTS: list[dict[str, Any]] = [
     {"at": "posttrain.registry.artefact:write_manifest"},  # judged; the card says so, the manifest not yet
     {"at": "posttrain.registry.tracking:_create"},
     {"at": "posttrain.registry.store:ModelStore.register", "when": "after"},  # a version without an alias
-    {"at": "posttrain.methods.dpo:_reference_pairs", "when": "after"},  # the reference is being asked
+    {"at": "posttrain.methods.against:reference_logps", "when": "after"},  # the reference is being asked
     {"at": "posttrain.train.loop:_backward", "call": 4, "when": "after"},  # DPO: step 4, after the checkpoint of 2
     {"at": "posttrain.pipeline.stage:attach_gate", "when": "after"},
     {"at": "posttrain.rollout.local:LocalEngine._step", "call": 3},  # GRPO: in the middle of its first answers

@@ -77,7 +77,7 @@ def train(method: str, policy: Policy) -> list[dict[str, Any]]:
         data = directory / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows(method)))
         s = SETTINGS[method](datasets=[{"path": str(data)}], **COMMON, **OF_METHOD[method])
-        place = Place(directory, 7, method)
+        place = Place(directory / "run", 7, method)
         stage = Stage(policy, Renderer(policy.tokenizer, TEMPLATE), Path, place, Reporter(quiet=True), ())
         METHODS[method](stage, s)
         return read_metrics(place.metrics)

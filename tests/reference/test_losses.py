@@ -10,9 +10,8 @@ import torch
 import twins
 from torch import Tensor
 
-from posttrain.losses import advantage, kl, policy, preference, sft
+from posttrain.losses import advantage, kl, policy, sft
 from posttrain.losses.policy import Sampled
-from posttrain.losses.preference import PairLogp
 from posttrain.losses.terms import Mean, add_metrics
 from posttrain.losses.tokens import per_branch_mean, per_branch_sum
 
@@ -37,6 +36,7 @@ def near(rng: random.Random, logps: list[float], spread: float = 0.3) -> list[fl
 def test_nll_by_hand() -> None:
     """Tokens of probability ½, ¼, 1: −(ln ½ + ln ¼ + 0) = 3 ln 2. The mean's denominator is the 3 tokens."""
     loss = sft.nll(t(log(0.5), log(0.25), 0.0), t(0.1, 0.2, 0.6))
+    assert loss.count == 3
     assert float(loss.total) == pytest.approx(3 * log(2), abs=1e-15)
     assert loss.metrics["nll"] == Mean(pytest.approx(3 * log(2)), 3)
     assert loss.metrics["entropy"] == Mean(pytest.approx(0.9), 3)
@@ -46,56 +46,6 @@ def test_nll_by_hand() -> None:
 def test_nll_equals_its_twin(seed: int) -> None:
     logps = random_logps(random.Random(seed), 1 + seed)
     assert float(sft.nll(t(*logps), t(*logps)).total) == pytest.approx(twins.nll(logps), abs=1e-12)
-
-
-# --- preference --------------------------------------------------------------------------------------------------
-
-
-def test_dpo_by_hand() -> None:
-    """β = ½. Pair 1: chosen ratio −2 − (−4) = 2, rejected −5 − (−3) = −2: margin ½·4 = 2, −ln σ(2) = 0.126928…
-    Pair 2: chosen −6 − (−4) = −2, rejected −1 − (−1) = 0: margin −1, −ln σ(−1) = 1.313261…; it is ranked wrong.
-    """
-    now, before = PairLogp(t(-2, -6), t(-5, -1)), PairLogp(t(-4, -4), t(-3, -1))
-    loss = preference.sigmoid(now, before, beta=0.5)
-    assert float(loss.total) == pytest.approx(0.1269280110429726 + 1.3132616875182228, abs=1e-12)
-    assert loss.metrics["reward_margin"] == Mean(pytest.approx(2 - 1), 2)
-    assert loss.metrics["reward_chosen"] == Mean(pytest.approx(1 - 1), 2)
-    assert loss.metrics["reward_rejected"] == Mean(pytest.approx(-1 + 0), 2)
-    assert loss.metrics["reward_accuracy"] == Mean(1.0, 2)
-    assert loss.metrics["pair_loss"].value == pytest.approx(float(loss.total) / 2)
-
-
-def test_an_untrained_policy_loses_ln_2_a_pair_and_a_tie_is_not_accurate() -> None:
-    same = PairLogp(t(-2, -6, -1), t(-5, -1, -1))
-    loss = preference.sigmoid(same, same, beta=0.1)
-    assert float(loss.total) == pytest.approx(3 * log(2), abs=1e-12)
-    assert loss.metrics["reward_accuracy"] == Mean(0.0, 3)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_dpo_equals_its_twin(seed: int) -> None:
-    rng = random.Random(seed)
-    pairs = []
-    for _ in range(1 + seed % 5):
-        sides = [random_logps(rng, rng.randint(1, 9)) for _ in range(2)]
-        pairs.append(tuple(twins.PairLogps(near(rng, side), side) for side in sides))
-    now, before = (
-        PairLogp(*(t(*(sum(getattr(pair[side], model)) for pair in pairs)) for side in (0, 1)))
-        for model in ("policy", "reference")
-    )
-    ours = preference.sigmoid(now, before, beta=0.3)
-    assert float(ours.total) == pytest.approx(twins.dpo_sigmoid(pairs, 0.3), rel=1e-12)
-
-
-def test_dpo_gradcheck() -> None:
-    before = PairLogp(t(-4, -4), t(-3, -1))
-    now = [t(-2, -6).requires_grad_(), t(-5, -1).requires_grad_()]
-    assert torch.autograd.gradcheck(lambda c, r: preference.sigmoid(PairLogp(c, r), before, beta=0.5).total, now)
-
-
-def test_a_large_margin_neither_overflows_nor_vanishes() -> None:
-    loss = preference.sigmoid(PairLogp(t(-900), t(0)), PairLogp(t(0), t(0)), beta=1.0)
-    assert float(loss.total) == pytest.approx(900)  # −ln σ(−900) = 900, where σ itself underflows to 0
 
 
 # --- KL ----------------------------------------------------------------------------------------------------------
@@ -189,6 +139,7 @@ def test_grpo_by_hand() -> None:
     ρ = 1 → −1. Loss (0.8 + 1.5 + 1)/3 = 1.1. Sum −1.1; two of five tokens are clipped; mean ρ = 5.5/5.
     """
     loss = run_grpo(HAND, epsilon=0.2, beta=0.0)
+    assert loss.count == 2
     assert float(loss.total) == pytest.approx(-2.2 + 1.1, abs=1e-12)
     assert loss.metrics["clipped_share"] == Mean(2.0, 5)
     assert loss.metrics["ratio"] == Mean(pytest.approx(1.5 + 1 + 0.5 + 1.5 + 1), 5)

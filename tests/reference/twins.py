@@ -23,29 +23,6 @@ def k3(logp: float, reference: float) -> float:
     return ratio - log(ratio) - 1.0
 
 
-def sigmoid(x: float) -> float:
-    return 1.0 / (1.0 + exp(-x))
-
-
-@dataclass(frozen=True)
-class PairLogps:
-    """Token log-probs of one answer, under the policy and under the reference."""
-
-    policy: Sequence[float]
-    reference: Sequence[float]
-
-    @property
-    def log_ratio(self) -> float:
-        return sum(self.policy) - sum(self.reference)
-
-
-def dpo_sigmoid(pairs: Sequence[tuple[PairLogps, PairLogps]], beta: float) -> float:
-    total = 0.0
-    for chosen, rejected in pairs:
-        total += -log(sigmoid(beta * (chosen.log_ratio - rejected.log_ratio)))
-    return total
-
-
 def group_normalised(rewards: Sequence[float]) -> list[float]:
     mean = sum(rewards) / len(rewards)
     variance = 0.0

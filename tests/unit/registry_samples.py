@@ -5,7 +5,7 @@ from typing import Any
 
 from posttrain.records import ArtefactRef, GateReport, Interval, Measured
 from posttrain.registry.artefact import save_artefact
-from posttrain.registry.manifest import BaseRef, DataFile, Manifest
+from posttrain.registry.manifest import BaseRef, DataFile, Manifest, SourceRows
 
 
 def a_manifest(**changes: Any) -> Manifest:
@@ -20,7 +20,9 @@ def a_manifest(**changes: Any) -> Manifest:
         "settings": {"learning_rate": 1e-3, "lora": {"r": 8, "target_modules": ["q_proj"]}, "max_steps": None},
         "seed": 7,
         "data": {"data/train.jsonl": DataFile("da7a" * 16, 120)},
-        "ledger": {"trained": 118, "dropped: too long": 2},
+        "ledger": {"trained": 118, "dropped": 2},
+        "rows": {"sft.jsonl": SourceRows({"trained": 118, "dropped": 2}, 1234)},
+        "evaluated": {},
         "template_fingerprint": "7e3b" * 16,
         "stop_token_ids": (2, 5),
         "versions": {"posttrain": "0.1.0", "torch": "2.13.0"},

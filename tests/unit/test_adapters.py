@@ -15,11 +15,12 @@ from tiny import byte_tokenizer, mixed_trees, stock_logps, tiny_policy
 from torch import Tensor
 
 from posttrain.errors import ModelError, TrainingStopped
-from posttrain.methods import dpo
+from posttrain.methods import against
 from posttrain.models.adapters import add_lora, lora_targets
 from posttrain.models.load import LoadOptions, load_policy, save_policy, saved_differs, weights_fingerprint
 from posttrain.models.policy import Policy, disable_dropout
 from posttrain.models.reference import Reference
+from posttrain.records import Tree
 from posttrain.settings import LoraSettings
 
 TREES = mixed_trees(1)
@@ -131,7 +132,8 @@ def test_dpo_against_the_answers_of_another_model_is_refused_at_the_first_step(l
     policy, other = toy.policy_for("dpo", lora=lora), tiny_policy("llama", seed=3)
     objective = toy.dpo_objective(policy, s, place)
     before = toy.weights(policy)
-    objective.items = toy.dpo_objective(other, s, place).items
+    other_place = toy.place_in(tmp_path / "other")
+    objective.answers = toy.dpo_objective(other, s, other_place).answers
     with pytest.raises(TrainingStopped, match=r"differ by .* nats; the reference is not the model this stage started"):
         toy.train(policy, objective, s, place, toy.QUIET)
     assert toy.same_bits(toy.weights(policy), before)
@@ -140,16 +142,18 @@ def test_dpo_against_the_answers_of_another_model_is_refused_at_the_first_step(l
 def test_stored_reference_answers_belong_to_exact_weights_and_exact_rows() -> None:
     policy = tiny_policy("llama")
     tree = toy.random_tree(1, 3, 4, 5)
-    key = dpo._question(policy, [tree])
-    assert key == dpo._question(policy, [tree])
-    unscored = dpo.Tree(tree.id, tree.trunk_ids, (dpo_branch(tree.branches[0]), tree.branches[1]))
-    assert key != dpo._question(policy, [unscored]), "the same tokens with other marks have other sums"
-    assert key != dpo._question(policy, [tree, tree])
+    reference = Reference(policy, still=True)
+    key = against.question(reference, [tree])
+    assert key == against.question(Reference(policy), [tree])
+    unscored = Tree(tree.id, tree.trunk_ids, (first_unscored(tree.branches[0]), tree.branches[1]))
+    assert key != against.question(reference, [unscored]), "the same tokens with other marks have other sums"
+    assert key != against.question(reference, [tree, tree])
+    assert key != against.question(reference, [tree], 0.5), "LD-DPO sums otherwise"
     nudge(policy, 1e-6)
-    assert key != dpo._question(policy, [tree])
+    assert key != against.question(Reference(policy), [tree])
 
 
-def dpo_branch(branch: toy.Any) -> toy.Any:
+def first_unscored(branch: toy.Any) -> toy.Any:
     return type(branch)(branch.token_ids, (False, *branch.scored[1:]))
 
 

@@ -59,15 +59,15 @@ def test_columns_are_mapped_and_a_wrong_name_lists_what_there_is(tmp_path: Path)
     wrong = refusal(read_examples, tmp_path, rows, columns={"prompt": "qestion", "completion": "answer"})
     assert "no column 'qestion'" in wrong and "The row has: question, answer, level." in wrong
     unused = refusal(
-        read_examples, tmp_path, rows, columns={"prompt": "question", "completion": "answer", "system": "level"}
+        read_examples, tmp_path, rows, columns={"prompt": "question", "completion": "answer", "input": "level"}
     )
-    assert "columns names system, which format prompt_completion does not use" in unused
+    assert "columns names input, which format prompt_completion does not use" in unused
 
 
 def test_unmatched_and_ambiguous_columns_are_refused(tmp_path: Path) -> None:
-    unmatched = refusal(read_examples, tmp_path, [{"instruction": "a", "output": "b"}])
-    assert "fit no known format: instruction, output" in unmatched
-    assert "messages (messages); prompt_completion (prompt, completion); text (text)" in unmatched
+    unmatched = refusal(read_examples, tmp_path, [{"ask": "a", "say": "b"}])
+    assert "fit no known format: ask, say" in unmatched
+    assert "prompt_completion (prompt, completion); alpaca (instruction, output); text (text)" in unmatched
     ambiguous = refusal(read_examples, tmp_path, [{"messages": [USER, HELLO], "text": "Hi"}])
     assert "fit messages and text" in ambiguous and "Set format: messages" in ambiguous
     named = load(read_examples, tmp_path, [{"messages": [USER, HELLO], "text": "Hi"}], format="text")
@@ -97,10 +97,10 @@ def test_a_row_without_an_answer_names_line_and_field(tmp_path: Path, row: dict[
     [
         ([], "must be a list of messages and not empty"),
         ([USER], "'messages' must end with a message of role assistant; its last has role user"),
-        ([{"role": "tool", "content": "x"}, HELLO], "messages[0] has role 'tool'"),
+        ([{"role": "developer", "content": "x"}, HELLO], "messages[0] has role 'developer'"),
         ([USER, {"role": "assistant", "content": ""}], "messages[1] (assistant) is empty"),
         ([USER, {"role": "assistant", "content": [{"text": "x"}]}], "content that is not text"),
-        ([USER, {**HELLO, "tool_calls": [1]}], "has tool_calls, which cannot be trained on yet"),
+        ([USER, {**HELLO, "tool_calls": [1]}], "messages[1] has tool_calls[0] without a name"),
         ([{**USER, "train": True}, HELLO], "messages[0] (user) has train: True"),
     ],
 )

@@ -40,6 +40,17 @@ def naive(hidden_ND: Tensor, target_N: Tensor, head: Head, temperature: float) -
     return logp_NV[range(len(target_N)), target_N], -(logp_NV.exp() * logp_NV).sum(-1)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_collision_probability_is_that_of_two_draws(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "LEAST_ROWS", 2)
+    hidden, target, head = inputs(torch.float64, **VARIANTS[variant])
+    found = score(hidden.requires_grad_(), target, head, temperature=0.7, collision=True).log_collision_N
+    shares = [naive(hidden, torch.full((N,), v), head, 0.7)[0].exp() for v in range(V)]
+    torch.testing.assert_close(found, torch.stack(shares).square().sum(0).log(), atol=1e-12, rtol=0)
+    assert not found.requires_grad
+    assert score(hidden, target, head).log_collision_N is None
+
+
 def leaves(head: Head) -> list[Tensor]:
     return [t.requires_grad_() for t in (head.weight_VD, head.bias_V) if t is not None]
 

@@ -1,75 +1,251 @@
-"""Faults planted here: evaluation items inside the training data, swapped pairs, length bias."""
+"""Faults planted here: rows that repeat others, labels that contradict each other, length bias."""
 
 from __future__ import annotations
 
-import json
-import random
+from collections.abc import Sequence
+from random import Random
 
 import pytest
-from data_help import shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from posttrain.data.hygiene import audit_pairs, overlaps, refuse_overlap, words
+from posttrain.data.hygiene import audit_pairs
+from posttrain.data.hygiene.duplicates import Content, Rules, content, find_duplicates
+from posttrain.data.hygiene.labels import conflicts
+from posttrain.data.hygiene.minhash import rows_per_band, shingles
+from posttrain.data.hygiene.screens import Repetition, screened
+from posttrain.data.ledger import Bucket
 from posttrain.errors import DataError
-from posttrain.records import Message, Pair
-
-EVAL = "Janet’s ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes muffins daily."
+from posttrain.records import Example, Message, Pair, Rated, Row, Stepwise, Task
 
 
-def test_a_planted_item_is_found_with_its_span_through_case_and_punctuation() -> None:
-    planted = "New words first, but: 'lay 16 eggs per day; she eats three for breakfast, every MORNING!' And so on."
-    with pytest.raises(DataError) as fault:
-        refuse_overlap([("t:1", "nothing here"), ("t:2", planted)], [("e:1", EVAL)])
-    assert str(fault.value).startswith("t:2: 1 training rows hold 1 evaluation items")
-    assert "t:2 holds e:1: “lay 16 eggs per day she eats three for breakfast every morning and”" in str(fault.value)
-    assert "Remove these rows" in fault.value.remedy
+def user(text: str) -> tuple[Message, ...]:
+    return (Message("user", text),)
 
 
-def test_thirteen_words_are_too_many_and_twelve_are_not() -> None:
-    row = EVAL.split()
-    assert refuse_overlap([("t", "x " + " ".join(row[2:14]) + " y")], [("e", EVAL)]) is None
-    (hit,) = overlaps([("t", "x " + " ".join(row[2:15]) + " y")], [("e", EVAL)])
-    assert hit.span == "lay 16 eggs per day she eats three for breakfast every morning and"
+def said(text: str) -> tuple[Message, ...]:
+    return (Message("assistant", text),)
 
 
-def test_short_items_count_only_as_a_whole() -> None:
-    items = [("e:1", "What is 12 + 30?")]
-    found = overlaps([("t:1", "what is 12+30"), ("t:2", "So what is 12 + 30?")], items)
-    assert [hit.train_id for hit in found] == ["t:1"]
-    # Punctuation goes, but an operator between numbers is the question.
-    assert not overlaps([("t:1", "What is 12 - 30?"), ("t:2", "What is 12 × 30?")], items)
-    assert words("Well-known, 3*(4-1)!") == ("well", "known", "3", "*", "4", "-", "1")
+def pair(row_id: str, chosen: str, rejected: str, prompt: str = "Hi") -> Pair:
+    return Pair(row_id, user(prompt), said(chosen), said(rejected))
 
 
-def test_an_instruction_all_items_share_is_not_an_overlap() -> None:
-    instruction = "Solve the problem below, think step by step, and put the final number at the very end. Question: "
-    items = [(f"e:{i}", f"{instruction}{i} + {i * 7}") for i in range(20)]
-    assert not overlaps([("t:1", f"{instruction}3 + 4")], items)
-    assert [hit.eval_id for hit in overlaps([("t:1", f"{instruction}3 + 21")], items)] == ["e:3"]
+def example(row_id: str, prompt: str, answer: str) -> Example:
+    return Example(row_id, user(prompt) + said(answer))
 
 
-def test_five_hits_are_shown_and_all_are_counted() -> None:
-    with pytest.raises(DataError, match=r"9 training rows hold 1 evaluation items.*and 4 more\."):
-        refuse_overlap([(f"t:{i}", EVAL) for i in range(9)], [("e", EVAL)])
+def duplicates(rows: Sequence[Row], **rules: object) -> dict[str, str]:
+    found = find_duplicates(lambda: map(content, rows), Rules(**rules))  # type: ignore[arg-type]
+    return {row_id: str(one) for row_id, one in found.items()}
 
 
-def test_planted_among_ten_thousand_real_rows() -> None:
-    def questions(name: str) -> list[tuple[str, str]]:
-        lines = shared(f"data/{name}").read_text("utf-8").splitlines()
-        return [(f"{name}:{i}", json.loads(line)["question"]) for i, line in enumerate(lines, start=1)]
-
-    train, items = questions("gsm8k-train.jsonl"), questions("gsm8k-test.jsonl")
-    before = overlaps(train, items)
-    chosen = random.Random(3).sample(items, 7)
-    found = overlaps(train + [(f"planted:{i}", text.upper()) for i, text in chosen], items)
-    assert [hit.train_id for hit in found[len(before) :]] == [f"planted:{i}" for i, _ in chosen]
-    assert len(before) == 4  # near-copies that the published split itself holds
+def texts(*said: str) -> list[Content]:
+    return [Content(f"f:{i}", "f", (text,)) for i, text in enumerate(said)]
 
 
-def pair(row_id: str, chosen: str, rejected: str) -> Pair:
-    return Pair(row_id, (Message("user", "Hi"),), (Message("assistant", chosen),), (Message("assistant", rejected),))
+def test_exact_duplicates_differ_in_white_space_and_composition_only() -> None:
+    rows = [
+        example("f:1", "Où est le café ?", "Ici."),
+        example("f:2", "Où  est le\n cafe\u0301 ?", " Ici."),
+        example("f:3", "où est le café ?", "Ici."),
+        example("f:4", "Où est le café ?", "Là."),
+        example("f:5", "Où est le café ?", "Ici."),
+    ]
+    assert duplicates(rows, near=None) == {"f:2": "duplicate of f:1", "f:5": "duplicate of f:1"}
+    assert set(duplicates(rows, near=None, ignore_case=True)) == {"f:2", "f:3", "f:5"}
+
+
+def test_what_makes_two_rows_the_same_depends_on_their_kind() -> None:
+    steps = ("one", "two")
+    rows: list[Row] = [
+        pair("p:1", "a", "b"), pair("p:2", "b", "a"), pair("p:3", "a", "b"),
+        Rated("r:1", user("q"), said("a"), True), Rated("r:2", user("q"), said("a"), False),
+        Rated("r:3", user("q"), said("a"), True),
+        Stepwise("s:1", user("q"), steps, (True, False)), Stepwise("s:2", user("q"), steps, (True, True)),
+        Stepwise("s:3", user("q"), steps, (True, False)),
+        Task("t:1", user("q"), "1", {"id": 1}), Task("t:2", user("q"), "2"), Task("t:3", user("q"), "1", {"id": 3}),
+        Example("e:1", text="q"), Example("e:2", user("q") + said("a")), Example("e:3", text="q"),
+    ]  # fmt: skip
+    by_kind = [[row for row in rows if row.id.startswith(kind)] for kind in "prste"]
+    assert [set(duplicates(kind)) for kind in by_kind] == [{"p:3"}, {"r:3"}, {"s:3"}, {"t:3"}, {"e:3"}]
+
+
+def test_within_and_across_sources() -> None:
+    long = "The quick brown fox jumps over the lazy dog near the old mill by the river every single morning"
+    rows = [example(i, long + end, "ok") for i, end in (("a:1", ""), ("b:1", ""), ("b:2", "!"), ("a:2", "?"))]
+    assert duplicates(rows) == {
+        "b:1": "duplicate of a:1",
+        "b:2": "near-duplicate of a:1 (0.94)",
+        "a:2": "near-duplicate of a:1 (0.94)",
+    }
+    assert duplicates(rows, across=False) == {
+        "b:2": "near-duplicate of b:1 (0.94)",
+        "a:2": "near-duplicate of a:1 (0.94)",
+    }
+
+
+def test_the_jaccard_index_by_hand_at_the_threshold() -> None:
+    # Shingles of two words: ab bc cd de | ab bc cd dx: 3 shared of 5 = 0.6.
+    one, other = texts("a b c d e", "a b c d x")
+    assert find_duplicates(lambda: [one, other], Rules(near=0.6, shingle=2))["f:1"].jaccard == pytest.approx(0.6)
+    assert not find_duplicates(lambda: [one, other], Rules(near=0.61, shingle=2))
+
+
+def test_every_part_must_be_near() -> None:
+    long = "Read the following text with great care and then answer in one word what its author would have said. " * 3
+    rows = [
+        example("f:1", long, "yes"),
+        example("f:2", long + "Please.", "no"),
+        pair("g:1", long, "b"),
+        pair("g:2", "b", long),
+    ]
+    assert duplicates(rows[:2], near=0.5) == {}
+    assert duplicates(rows[2:], near=0.5) == {}, "the opposite of a pair is no duplicate of it"
+    assert set(duplicates([rows[0], example("f:3", long + "Please.", "Yes")], near=0.8)) == {"f:3"}
+
+
+def test_the_first_stays_and_a_chain_does_not_pull_in_what_is_far_from_it() -> None:
+    word = [f"{first}{second}" for first in "abcdefgh" for second in "abcdefghi"]  # 72 of them
+    a, b, c = word[:60], word[6:66], word[12:]
+    found = find_duplicates(lambda: texts(*map(" ".join, (a, b, c, b))), Rules(near=0.75, shingle=1))
+    assert {i: (d.of, round(d.jaccard or 1, 2)) for i, d in found.items()} == {
+        "f:1": ("f:0", 0.82),  # 54 of 66
+        "f:3": ("f:1", 1),
+    }, "c is near b, which goes, and not near a (48 of 72), which stays"
+
+
+def planted(rng: Random, jaccard: float, n: int = 120) -> tuple[str, str]:
+    """Two texts of words of their own whose sets of words have this Jaccard index."""
+    shared = round(2 * n * jaccard / (1 + jaccard))
+    words = [f"{rng.getrandbits(40):x}g" for _ in range(2 * n - shared)]
+    words = ["".join(chr(97 + int(c, 36) % 26) for c in word) for word in words]
+    one, other = words[:n], words[n - shared :]
+    rng.shuffle(one)
+    rng.shuffle(other)
+    return " ".join(one), " ".join(other)
+
+
+@pytest.mark.parametrize("jaccard", [0.8, 0.9])
+def test_recall_of_planted_near_duplicates(jaccard: float) -> None:
+    rng = Random(jaccard)
+    rows = texts(*(text for _ in range(400) for text in planted(rng, jaccard)))
+    indices = [set(a.parts[0].split()) for a in rows]
+    true = {
+        rows[i + 1].id
+        for i in range(0, 800, 2)
+        if len(indices[i] & indices[i + 1]) / len(indices[i] | indices[i + 1]) >= 0.8
+    }
+    found = set(find_duplicates(lambda: rows, Rules(near=0.8, shingle=1)))
+    assert len(true) >= 150
+    assert len(found & true) / len(true) >= 0.97
+    assert found <= true, "what is less alike stays"
+
+
+def test_nothing_below_the_threshold_goes() -> None:
+    rng = Random(7)
+    rows = texts(*(text for _ in range(300) for text in planted(rng, 0.76)))
+    assert not find_duplicates(lambda: rows, Rules(near=0.8, shingle=1))
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0])
+def test_bands_promise_recall_at_any_threshold(threshold: float) -> None:
+    r = rows_per_band(threshold)
+    assert 1 - (1 - threshold**r) ** (128 // r) >= 0.99
+    assert r == 128 or 1 - (1 - threshold ** (r + 1)) ** (128 // (r + 1)) < 0.99
+
+
+def test_the_same_pairs_as_datasketch_finds() -> None:
+    """Somebody else's MinHash and its LSH, at the same banding, verified with sets."""
+    datasketch = pytest.importorskip("datasketch")
+    rng = Random(11)
+    rows = texts(*(text for j in (0.5, 0.7, 0.85, 0.95) for _ in range(20) for text in planted(rng, j, 60)))
+    lsh = datasketch.MinHashLSH(num_perm=128, params=(18, 7))
+    kept: dict[str, set[str]] = {}
+    theirs = set()
+    for row in rows:
+        words = set(row.parts[0].split())
+        sketch = datasketch.MinHash(num_perm=128)
+        sketch.update_batch([word.encode() for word in words])
+        if any(len(words & kept[i]) / len(words | kept[i]) >= 0.8 for i in lsh.query(sketch)):
+            theirs.add(row.id)
+        else:
+            kept[row.id] = words
+            lsh.insert(row.id, sketch)
+    assert set(find_duplicates(lambda: rows, Rules(near=0.8, shingle=1))) == theirs
+    assert len(theirs) == 40
+
+
+def test_signs_count_in_near_duplicates_of_code() -> None:
+    assert set(shingles("f(a) < b", 2).tolist()) != set(shingles("f[a] > b", 2).tolist())
+    assert len(shingles("", 3)) == len(shingles("!", 3)) == 1
+    assert shingles("!", 3) != shingles("?", 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text("ab ", min_size=0, max_size=12), max_size=30))
+def test_what_stays_holds_no_duplicates_and_what_goes_has_one_that_stays(said: list[str]) -> None:
+    rows = texts(*said)
+    found = find_duplicates(lambda: rows, Rules(near=0.8, shingle=2))
+    again = [row for row in rows if row.id not in found]
+    assert not find_duplicates(lambda: again, Rules(near=None))
+    assert {" ".join(row.parts[0].split()) for row in again} <= {" ".join(text.split()) for text in said}
+    chain = {d.of for d in found.values() if d.jaccard is not None}
+    assert chain.isdisjoint(found)
+
+
+def test_conflicts_of_each_kind_are_found_on_both_sides() -> None:
+    rows: list[Row] = [
+        pair("p:1", "a", "b"), pair("p:2", "b", " a"), pair("p:3", "a", "c"), pair("p:4", "a", "b", "Hey"),
+        Rated("r:1", user("q"), said("a"), True), Rated("r:2", user("q"), said("a"), True),
+        Rated("r:3", user("q"), said("a"), False), Rated("r:4", user("q"), said("b"), False),
+        Stepwise("s:1", user("q"), ("x", "y"), (True, True)), Stepwise("s:2", user("q"), ("x", "y"), (True, False)),
+        Task("t:1", user("q"), "1"), Task("t:2", user("q"), "2"), Task("t:3", user("q"), None),
+        example("e:1", "q", "a"), example("e:2", "q", "b"),
+    ]  # fmt: skip
+    found = {c.id: c.other for c in conflicts(rows)}
+    assert found == {
+        "p:1": "p:2", "p:2": "p:1", "r:1": "r:3", "r:2": "r:3", "r:3": "r:1",
+        "s:1": "s:2", "s:2": "s:1", "t:1": "t:2", "t:2": "t:1",
+    }  # fmt: skip
 
 
 def test_swapped_pairs_and_length_bias_are_reported() -> None:
     audit = audit_pairs([pair("a", "long answer", "short"), pair("b", "short", "long answer"), pair("c", "abc", "a")])
     assert audit.contradicting == ("a", "b")
     assert str(audit) == "3 pairs: chosen is longer in 67%, shorter in 33%; 2 contradict another pair"
+
+
+ROWS = [pair("p:1", "a", "b"), pair("p:2", "b", "a"), pair("p:3", "c", "d"), pair("p:4", "c", "d")]
+
+
+def test_conflicts_and_duplicates_are_counted_where_the_recipe_says_nothing() -> None:
+    screen = Repetition(None, "report")
+    assert [(row.id, verdict) for row, verdict in screen(ROWS)] == [(row.id, None) for row in ROWS]
+    assert screen.notes() == [
+        "1 rows are duplicates (1 exact) and stay; set dedup to leave them out: p:4 is duplicate of p:3",
+        "2 rows contradict another row and stay; set on_conflict: drop or error: p:1 and p:2: the same two answers, "
+        "preferred the other way round",
+    ]
+
+
+def test_conflicts_and_duplicates_are_left_out_with_their_reasons() -> None:
+    screen = Repetition(Rules(), "drop")
+    verdicts = [verdict and (verdict.bucket, verdict.reason) for _, verdict in screen(ROWS)]
+    conflict = (Bucket.DROPPED, "label conflict")
+    assert verdicts == [conflict, conflict, None, (Bucket.DUPLICATE, "duplicate of p:3")]
+    with pytest.raises(DataError, match=r"p:1: 2 rows contradict another row \(2 × the same two answers, preferred"):
+        list(Repetition(None, "error")(ROWS))
+
+
+class Lost:
+    """What another part of the program took out before."""
+
+    id = "lost"
+
+
+def test_screens_in_turn_keep_the_order_and_the_first_verdict() -> None:
+    first, second = Repetition(None, "drop"), Repetition(Rules(), "report")
+    found = list(screened([*ROWS[:3], Lost(), ROWS[3]], [first, second]))
+    assert [row.id for row, _ in found] == ["p:1", "p:2", "p:3", "lost", "p:4"]
+    assert [verdict and str(verdict.bucket) for _, verdict in found] == ["dropped", "dropped", None, None, "duplicate"]

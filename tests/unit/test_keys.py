@@ -11,12 +11,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from posttrain.gate.suites import SuiteSampling, SuiteSettings
-from posttrain.settings import METHODS, DatasetSettings, GateSettings, LoraSettings, RecipeSettings, Retry, Section
+from posttrain.settings import (
+    METHODS,
+    DatasetSettings,
+    DecontaminateSettings,
+    DedupSettings,
+    FilterSettings,
+    GateSettings,
+    LoraSettings,
+    RecipeSettings,
+    Retry,
+    Section,
+)
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "posttrain"
 SECTIONS: tuple[type[Section], ...] = (
     *METHODS.values(),
     DatasetSettings,
+    FilterSettings,
+    DecontaminateSettings,
+    DedupSettings,
     LoraSettings,
     GateSettings,
     Retry,

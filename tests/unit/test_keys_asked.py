@@ -1,4 +1,4 @@
-"""Every key is asked for by the code that does the work, seen while real runs of the three methods go by.
+"""Every key is asked for by the code that does the work, seen while real runs of all methods go by.
 
 `test_keys.py` compares names, and names such as `path`, `max` or `r` stand everywhere. Here each section notes who asks
 it for what. The recipe layer, which checks and shows every key, does not count.
@@ -6,23 +6,39 @@ it for what. The recipe layer, which checks and shows every key, does not count.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets.config
 import pytest
-from small_run import dpo, gate, go, grpo, recipe, rows, sft, small_data, tiny_base
+from small_run import dpo, gate, go, grpo, preference, recipe, rows, sft, small_data, tiny_base
 
 from posttrain.errors import GateRefused
 from posttrain.gate.suites import SuiteSettings
-from posttrain.settings import METHODS, DatasetSettings, GateSettings, LoraSettings, RecipeSettings, Retry, Section
+from posttrain.settings import (
+    METHODS,
+    DatasetSettings,
+    DecontaminateSettings,
+    DedupSettings,
+    FilterSettings,
+    GateSettings,
+    LoraSettings,
+    RecipeSettings,
+    Retry,
+    Section,
+)
 
 Asked = set[tuple[type, str]]
 SECTIONS: tuple[type[Section], ...] = (
     *METHODS.values(),
     DatasetSettings,
+    FilterSettings,
+    DecontaminateSettings,
+    DedupSettings,
     LoraSettings,
     GateSettings,
     Retry,
@@ -57,18 +73,32 @@ def never_asked(sections: tuple[type[Section], ...], asked: Asked) -> list[str]:
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
-    """One run that has everything: adapters, held-out rows, gates that keep, and one that sends back."""
+    """One run that has everything: a mixture, adapters, held-out rows, gates that keep, and one that sends back."""
     folder = tmp_path_factory.mktemp("keys")
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
     tiny_base(folder / "base")
     small_data(folder)
+    (folder / "set").mkdir()  # read as a data set of the Hub is
+    shutil.copy(folder / "sft.jsonl", folder / "set" / "train.jsonl")
+    mixed = [{"path": "sft.jsonl", "weight": 3.0, "shuffle_seed": 1}, {"path": "set", "weight": 1.0}]
     rows(folder / "eval.jsonl", [{"prompt": "Fine?", "completion": "ok"}] * 2)
-    lora = dict(adapter="lora", lora={"r": 4}, max_steps=2, learning_rate=1e-3, lr_scheduler_type="linear")
+    lora = dict(
+        adapter="dora", lora={"r": 4, "loraplus": True}, max_steps=2, learning_rate=1e-3, lr_scheduler_type="linear"
+    )
     back = {"retry": {"stage": "2-sft", "max": 1}}
+    clean = {"dedup": {"near": 0.9}, "decontaminate": {"against": ["held-out.jsonl"]}}
     written = recipe(
         folder,
-        sft(),  # until answers end, and sometimes not: the rewards need spread
-        sft(**lora, eval_datasets=[{"path": "eval.jsonl"}]),
+        sft(datasets=mixed),  # until answers end, and sometimes not: the rewards need spread
+        sft(**lora, eval_datasets=[{"path": "eval.jsonl"}], filters={"languages": ["en"]}, **clean),
         dpo(**lora, gate=gate("never", on_fail="keep_parent")),
+        dpo(max_steps=1, loss_type=["discopop", "ipo"], sync_ref_model=True, ref_model_sync_steps=1),
+        dpo(max_steps=1, f_divergence_type="alpha_divergence"),
+        *(
+            # Rows of another length limit: what one stage prepared would serve the next.
+            preference(m, **lora, max_length=50 + i, gate=gate("never", on_fail="keep_parent"))
+            for i, m in enumerate(("kto", "simpo", "cpo", "orpo"))
+        ),
         grpo(**lora, gate=gate("never", on_fail=back)),
     )
     with noted() as asked:
@@ -93,4 +123,5 @@ def test_a_key_nobody_asks_for_is_noticed(tmp_path: Path) -> None:
         from posttrain.data.formats import read_examples
 
         read_examples([Planted(path="rows.jsonl")], lambda name: tmp_path / name)
-    assert never_asked((Planted,), planted) == ["Planted.r"]
+    missed = never_asked((Planted,), planted)
+    assert "Planted.r" in missed and "Planted.path" not in missed

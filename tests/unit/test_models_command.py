@@ -8,7 +8,7 @@ from registry_samples import a_report, an_artefact
 from typer.testing import CliRunner, Result
 
 from posttrain.cli.models import models_app
-from posttrain.errors import ArtefactError, GateRefused
+from posttrain.errors import ArtefactError, GateRefused, ModelError
 from posttrain.registry.artefact import attach_gate
 from posttrain.registry.store import ModelStore
 
@@ -56,7 +56,7 @@ def test_show(home: Path) -> None:
     assert shown["entry"]["version"] == 3
     assert shown["manifest"]["gate"]["passed"] is False
     missing = call(home, "show", "helpers")
-    assert isinstance(missing.exception, ArtefactError)
+    assert isinstance(missing.exception, ModelError)
     assert "Did you mean 'helper'?" in str(missing.exception)
 
 

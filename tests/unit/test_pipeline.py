@@ -7,16 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import dpo, gate, go, grpo, linked, recipe, rows, sft, small_data, tiny_base
+from small_run import dpo, gate, go, grpo, linked, preference, recipe, rows, sft, small_data, tiny_base
 
-from posttrain.errors import EXIT_GATE, EXIT_USAGE, ArtefactError, GateRefused, RecipeError, TrainingStopped
+from posttrain.errors import (
+    EXIT_GATE,
+    EXIT_USAGE,
+    ArtefactError,
+    GateRefused,
+    PosttrainError,
+    RecipeError,
+    TrainingStopped,
+)
 from posttrain.gate import answer
 from posttrain.methods.registry import METHODS
+from posttrain.models.quantised import full_weight
 from posttrain.pipeline import RunReport
 from posttrain.pipeline import stage as pipeline_stage
 from posttrain.registry.artefact import load_ref, save_artefact
 from posttrain.registry.manifest import BaseRef, read_manifest
 from posttrain.registry.store import ModelStore, lineage_of
+from posttrain.train.metrics import read_metrics
 
 REFUSED = gate("never", on_fail="keep_parent")
 
@@ -293,12 +303,56 @@ def test_a_run_from_a_registered_model_keeps_its_history(place: Path) -> None:
     assert [s.method for s in steps] == ["dpo", "sft", ""]
 
 
+def test_every_preference_round_is_measured_against_the_sft_model(place: Path) -> None:
+    """Two rounds: the second starts from the first, whose own log-ratios stay in its reward."""
+    written = recipe(place, sft(gate=gate()), dpo(), dpo())
+    report, said = go(written, place / "home")
+    names = [str(o.artefact) for o in report.outcomes]
+    assert f"2-dpo: log-ratios are measured against {names[0]}" in said
+    assert f"3-dpo: starts from {names[1]}" in said
+    assert f"3-dpo: log-ratios are measured against {names[0]}" in said
+    assert first_reward(place, report, 1) == pytest.approx(0.0, abs=1e-4)
+    assert first_reward(place, report, 2) > 0.05, "the first round's gain is still there"
+
+    last, said = go(recipe(place, sft(gate=gate()), dpo(), dpo(reference="parent")), place / "home")
+    assert f"3-dpo: log-ratios are measured against {names[1]}" in said
+    assert first_reward(place, last, 2) == pytest.approx(0.0, abs=1e-4)
+
+    named = recipe(place, sft(gate=gate()), dpo(), dpo(reference="small@1"))
+    again, said = go(named, place / "home")
+    assert f"3-dpo: log-ratios are measured against {names[0]}" in said
+    assert first_reward(place, again, 2) == first_reward(place, report, 2)
+
+    second = f"./home/artefacts/small/{report.outcomes[1].artefact.version}"
+    later = recipe(place, dpo(allow_without_sft=True), model=second, name="later")
+    _, said = go(later, place / "home")
+    assert f"1-dpo: log-ratios are measured against {names[0]}" in said, "the lineage knows"
+
+
+def first_reward(place: Path, report: RunReport, stage: int) -> float:
+    """The margin before the first step."""
+    version = report.outcomes[stage].artefact.version
+    lines = read_metrics(place / "home" / "runs" / report.recipe / version / "metrics.jsonl")
+    return float(lines[0]["reward_margin"])
+
+
+def test_a_reference_that_is_not_there_is_said_so(place: Path) -> None:
+    with pytest.raises(PosttrainError) as caught:
+        go(recipe(place, dpo(reference="small@7", allow_without_sft=True)), place / "home")
+    assert "1-dpo.reference" in str(caught.value)
+
+
+def test_dpo_may_follow_orpo_which_teaches_to_answer(place: Path) -> None:
+    report, said = go(recipe(place, preference("orpo", learning_rate=2e-2), dpo()), place / "home")
+    assert f"2-dpo: log-ratios are measured against {report.outcomes[0].artefact}" in said
+
+
 def test_a_merge_that_loses_the_adapter_is_refused_and_never_gets_a_name(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = recipe(place, sft(adapter="lora", lora={"r": 4}, learning_rate=2e-2))
     with monkeypatch.context() as patch:
-        patch.setattr("posttrain.models.load._adapter_deltas", lambda _model: {})
+        patch.setattr("posttrain.models.merge._merged_weight", lambda layer: full_weight(layer.get_base_layer()))
         with pytest.raises(ArtefactError, match=r"the saved model is not the trained one: its log-probs differ by"):
             go(written, place / "home")
         assert not list((place / "home/artefacts/small").iterdir())

@@ -88,11 +88,17 @@ def test_a_sound_recipe_is_read_whole() -> None:
         ("max_steps: true", "sft.max_steps = true must be a whole number."),
         ("weight_decay: -0.1", "sft.weight_decay = -0.1 must be at least 0."),
         ("max_drop_rate: 2", "sft.max_drop_rate = 2 must be at most 1."),
-        ("adapter: dora", "sft.adapter = \"dora\" must be 'none' or 'lora'."),
+        ("adapter: dorra", "sft.adapter = \"dorra\" must be 'none', 'lora', 'dora' or 'qlora'."),
         ("gradient_checkpointing: yes", 'sft.gradient_checkpointing = "yes" must be true or false.'),
         ("gate: {suite: held.yaml, on_fail: halt}", "must be 'stop' or 'keep_parent' or a section of keys."),
         ("adapter: lora\n      lora: {rank: 8}", "sft.lora.rank is not a key here. Use r."),
-        ("lora: {r: 8}", "sft.lora is set but never read: adapter is none. Set adapter: lora, or remove lora."),
+        (
+            "lora: {r: 8}",
+            "sft.lora is set but never read: adapter is none. Set adapter: lora, dora or qlora, or remove lora.",
+        ),
+        ("use_dora: true", "sft.use_dora is not a key here. Use adapter: dora."),
+        ("load_in_4bit: true", "sft.load_in_4bit is not a key here. Use adapter: qlora."),
+        ("optim: adafactor", "sft.optim = \"adafactor\" must be 'adamw', 'adamw_8bit' or 'paged_adamw_8bit'."),
         ("eval_steps: 5", "sft.eval_steps is set but never read: there are no eval_datasets."),
         ("load_best_model_at_end: true", "sft.load_best_model_at_end needs eval_datasets"),
         ("eval_datasets: [{path: rows.jsonl}]", "names rows.jsonl, which is also in datasets"),
@@ -159,13 +165,57 @@ def test_choosing_the_best_needs_several_measurements() -> None:
     assert load(text + "      eval_steps: 5\n").stages[0].settings.eval_steps == 5
 
 
-@pytest.mark.parametrize("method", ["dpo", "grpo"])
+@pytest.mark.parametrize("method", ["dpo", "kto", "simpo", "cpo", "grpo"])
 def test_preference_and_rl_need_sft_first_unless_allowed(method: str) -> None:
     rewards = "      rewards: [math]\n" if method == "grpo" else ""
     text = f"name: a\nmodel: m\nstages:\n  - {method}:\n      datasets: [{{path: pairs.jsonl}}]\n{rewards}"
     assert f"x.yaml:4: {method} is the first stage" in only_fault(text)
     assert f"set {method}.allow_without_sft: true" in only_fault(text)
     assert load(text + "      allow_without_sft: true\n").stages[0].method == method
+
+
+PAIRS = "  - dpo:\n      datasets: [{path: pairs.jsonl}]\n"
+UNREAD = [
+    ("label_smoothing: 0.1", "loss_type: hinge", "loss_type is hinge. It is a key of aot, aot_unpaired, exo_pair"),
+    ("length_normalized: true", "beta: 0.2", "loss_type is sigmoid. It is a key of ipo."),
+    ("discopop_tau: 0.1", "loss_type: [sigmoid, sft]", "loss_type is sigmoid, sft. It is a key of discopop."),
+    ("f_divergence_type: forward_kl", "loss_type: apo_zero", "loss_type is apo_zero. It is a key of discopop, exo_"),
+    ("f_alpha_divergence_coef: 0.3", "beta: 0.2", 'f_divergence_type is not "alpha_divergence". Set it'),
+    ("ref_model_mixup_alpha: 0.3", "beta: 0.2", "sync_ref_model is not true. Set it"),
+    ("ref_model_sync_steps: 3", "beta: 0.2", "sync_ref_model is not true. Set it"),
+]
+
+
+@pytest.mark.parametrize(("key", "beside", "said"), UNREAD, ids=[key for key, _, _ in UNREAD])
+def test_keys_that_no_loss_of_the_stage_reads_are_refused(key: str, beside: str, said: str) -> None:
+    name = key.split(":")[0]
+    fault = only_fault(SFT_HEAD + PAIRS + f"      {beside}\n      {key}\n")
+    assert fault.startswith(f"x.yaml:9: dpo.{name} is set but never read: {said}")
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ("loss_type: sft", "dpo.loss_type = sft learns nothing from rejected answers."),
+        ("loss_type: []", "dpo.loss_type names no loss."),
+        ("loss_type: [ipo, ipo]", "dpo.loss_type names a loss twice."),
+        ("loss_type: [sigmoid, sft]\n      loss_weights: [1.0]", "dpo.loss_weights has 1 numbers for 2 losses."),
+        ("loss_type: exo_pair\n      label_smoothing: 0.0", "dpo.label_smoothing = 0 makes exo_pair infinite."),
+        ("loss_type: aot\n      use_weighting: true", "dpo.use_weighting weighs pairs, but aot sorts the batch"),
+        ("sync_ref_model: true\n      adapter: lora", "dpo.sync_ref_model moves the reference's weights, but with an"),
+        ("sync_ref_model: true\n      precompute_ref_log_probs: true", "dpo.sync_ref_model changes the reference's"),
+    ],
+)
+def test_preference_losses_that_cannot_mean_what_they_say_are_refused(keys: str, said: str) -> None:
+    assert said in only_fault(SFT_HEAD + PAIRS + f"      {keys}\n")
+
+
+def test_orpo_may_come_first_and_other_losses_keep_their_own_usual_beta() -> None:
+    text = "name: a\nmodel: m\nstages:\n  - orpo:\n      datasets: [{path: pairs.jsonl}]\n"
+    assert load(text).stages[0].method == "orpo"
+    for loss in ("sigmoid_norm", "discopop", "sppo_hard", "sigmoid"):
+        warnings = load(SFT_HEAD + PAIRS + f"      loss_type: {loss}\n").warnings
+        assert not [w for w in warnings if "beta" in w]
 
 
 def test_an_ambiguous_retry_must_name_a_stage_key() -> None:
@@ -223,8 +273,22 @@ def test_all_faults_are_told_at_once_in_the_order_of_the_file() -> None:
     assert "grpo.rewards is missing" in found[7]
 
 
+@pytest.mark.parametrize(
+    ("adapter", "lora", "message"),
+    [
+        ("lora", "loraplus_lr_ratio: 8", "sft.lora.loraplus_lr_ratio is set but never read: loraplus is false."),
+        ("qlora", "init: pissa", "sft.lora.init = pissa takes its start out of the base weights, which qlora freezes"),
+        ("dora", "target_modules: '*_proj'", 'sft.lora.target_modules = "*_proj" is no regular expression: nothing to'),
+        ("lora", "loraplus: true, loraplus_lr_ratio: 0.5", "sft.lora.loraplus_lr_ratio = 0.5 must be at least 1"),
+        ("lora", "init: eva", 'sft.lora.init = "eva" must be'),
+    ],
+)
+def test_adapter_keys_that_cannot_mean_what_they_say(adapter: str, lora: str, message: str) -> None:
+    assert message in only_fault(SFT_HEAD + f"      adapter: {adapter}\n      lora: {{{lora}}}\n")
+
+
 def test_a_faulty_key_does_not_set_off_rules_that_read_it() -> None:
-    assert "sft.adapter" in only_fault(SFT_HEAD + "      adapter: dora\n      lora: {r: 8}\n")
+    assert "sft.adapter" in only_fault(SFT_HEAD + "      adapter: dorra\n      lora: {r: 8}\n")
     text = "name: a\nmodel: m\nstages:\n  - stf: {}\n  - dpo: {datasets: [{path: pairs.jsonl}]}\n"
     assert "stf is not a method" in only_fault(text)
 
@@ -370,7 +434,7 @@ def test_diff_reads_like_a_sentence() -> None:
 def test_the_schema_knows_every_method_and_refuses_unknown_keys() -> None:
     schema = json_schema()
     methods = [next(iter(choice["properties"])) for choice in schema["properties"]["stages"]["items"]["oneOf"]]
-    assert methods == ["sft", "dpo", "grpo"]
+    assert methods == ["sft", "dpo", "kto", "simpo", "cpo", "orpo", "grpo"]
     assert {"name", "model", "stages"} == set(schema["required"])
     assert {"name", "model", "seed", "chat_template", "register", "stages"} == set(schema["properties"])
     assert all(schema["$defs"][name]["additionalProperties"] is False for name in ("SFTSettings", "LoraSettings"))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from posttrain import __version__
-from posttrain.cli import chat, demo, doctor, evaluate, generate, models, recipes, run
+from posttrain.cli import chat, data, demo, doctor, evaluate, generate, import_, merge, models, recipes, run
 
 app = typer.Typer(
     help="SFT, preference optimisation and RL as one gated, resumable pipeline.",
@@ -38,16 +38,19 @@ def _global_options(
     del version, debug
 
 
-RECIPES, MODELS, MACHINE = "Recipes", "Models", "This machine"
+RECIPES, DATA, MODELS, MACHINE = "Recipes", "Data", "Models", "This machine"
 
 app.command("demo", rich_help_panel=RECIPES)(demo.demo)
 app.command("run", rich_help_panel=RECIPES)(run.run)
 app.command("check", rich_help_panel=RECIPES)(recipes.check)
 app.command("explain", rich_help_panel=RECIPES)(recipes.explain)
 app.command("schema", rich_help_panel=RECIPES)(recipes.schema)
+app.add_typer(import_.app, name="import", rich_help_panel=RECIPES)
+app.add_typer(data.app, name="data", rich_help_panel=DATA)
 app.command("chat", rich_help_panel=MODELS)(chat.chat)
 app.command("generate", rich_help_panel=MODELS)(generate.generate)
 app.command("eval", rich_help_panel=MODELS)(evaluate.evaluate)
 app.command("compare", rich_help_panel=MODELS)(evaluate.compare)
+app.command("merge", rich_help_panel=MODELS)(merge.merge)
 app.add_typer(models.models_app, name="models", rich_help_panel=MODELS)
 app.command("doctor", rich_help_panel=MACHINE)(doctor.doctor)

@@ -144,6 +144,7 @@ def _builtin_models() -> str:
 def open_model(found: Located) -> OpenModel:
     """Load a model to answer through its chat template."""
     from posttrain.data.render import Renderer
+    from posttrain.registry.artefact import refuse_other_template
 
     policy = _load(found)
     if not isinstance(policy.tokenizer.chat_template, str):
@@ -152,7 +153,9 @@ def open_model(found: Located) -> OpenModel:
             remedy=f"See what it writes: posttrain generate {found.label} --raw --prompt 'Once upon'. To make it "
             "answer, train it with chat_template: builtin:templates/plain.jinja in the recipe.",
         )
-    return _ready(found, policy, Renderer(policy.tokenizer))
+    renderer = Renderer(policy.tokenizer)
+    refuse_other_template(Path(found.source), renderer.fingerprint)
+    return _ready(found, policy, renderer)
 
 
 def open_plain(found: Located) -> OpenModel:

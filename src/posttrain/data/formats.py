@@ -1,38 +1,58 @@
-"""Raw rows to Example, Pair or Task.
+"""Data sets to rows: the one way from a recipe's `datasets` to Example, Pair, Rated, Stepwise or Task.
 
 A format is named in the recipe, or recognised by the columns of the first row; every later row must then hold to it.
-A row that says nothing to learn from (chosen = rejected, an empty answer in a pair) is dropped by name and counted;
-a row that breaks its format stops the read with file, line, field and remedy.
+A row that says nothing to learn from (chosen = rejected, an empty answer that is judged) is dropped by name and
+counted; a row that breaks its format stops the read with file, line, field and remedy.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
-from posttrain.data.conversations import as_messages, common_prompt, parse_transcript
-from posttrain.data.sources import RawRow, SourceFile, read_source
+from posttrain.data.layouts.base import Dropped
+from posttrain.data.layouts.choose import KINDS, Layout, choose, kind_of_row
+from posttrain.data.mixture import drawn, interleaved, mixture_counts
+from posttrain.data.sources import OpenSource, names_of, open_sources
+from posttrain.data.sources.hub import row_bytes
+from posttrain.data.sources.rows import RawRow
 from posttrain.errors import DataError
-from posttrain.records import Example, Message, Pair, Row, Task
+from posttrain.records import Example, Pair, Rated, Stepwise, Task
 from posttrain.settings import DatasetSettings
+from posttrain.settings.data import objection
 
-R = TypeVar("R", Example, Pair, Task)
+__all__ = [
+    "Dropped",
+    "Loaded",
+    "RowStream",
+    "Source",
+    "kind_of",
+    "read",
+    "read_examples",
+    "read_pairs",
+    "read_rated",
+    "read_stepwise",
+    "read_tasks",
+    "stream",
+]
 
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """A row left out, and why."""
-
-    id: str
-    reason: str
+R = TypeVar("R", Example, Pair, Rated, Stepwise, Task)
+Resolve = Callable[[str], Path]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What was read from one entry of `datasets`, for the manifest and for the user to check."""
+    """What was read from one entry of `datasets`, for the manifest and for the user to check.
+
+    `path` is as the recipe writes it, with the configuration and split of a Hub data set, and "#2" when it is repeated.
+    `n_unused` rows the source holds besides were left out by `limit` or `weight`; None: it is streamed, nobody knows.
+    `share` is the part this source has in all rows read.
+    """
 
     path: str
     format: str
@@ -40,15 +60,174 @@ class Source:
     n_read: int
     n_dropped: int
     sha256: str
+    n_unused: int | None = 0
+    weight: float | None = None
+    share: float = 1.0
 
     def __str__(self) -> str:
-        dropped = f", {self.n_dropped:,} dropped" if self.n_dropped else ""
-        return f"{self.path}: {self.n_read:,} rows as {self.format} ({self.rule}){dropped}"
+        parts = [f"{self.path}: {self.n_read:,} rows as {self.format} ({self.rule})"]
+        if self.n_dropped:
+            parts.append(f"{self.n_dropped:,} dropped")
+        if self.n_unused != 0:
+            parts.append(f"{'an unknown number' if self.n_unused is None else f'{self.n_unused:,}'} not used")
+        if self.weight is not None:
+            parts.append(f"weight {self.weight:g} is {self.share:.2%} of the mixture")
+        return ", ".join(parts)
+
+
+class RowStream(Generic[R]):
+    """Rows of one kind, read from their sources while one iterates; it can be iterated again.
+
+    Yields each row of the mixture once, in an order that depends on settings and sources alone: a row of the kind, or
+    `Dropped`. Ids are unique. Memory does not grow with the number of rows.
+    """
+
+    def __init__(self, datasets: Sequence[DatasetSettings], resolve: Resolve, kind: type[R]) -> None:
+        if found := objection(datasets):
+            at, said = found
+            raise DataError(said, where=datasets[at].path)
+        self._datasets, self._resolve = tuple(datasets), resolve
+        self._kind: type[R] = kind
+        self._sources: tuple[Source, ...] | None = None
+
+    def __iter__(self) -> Iterator[R | Dropped]:
+        self._sources = None
+        opened = open_sources(self._datasets, self._resolve)
+        readings = [_Reading(d, s, self._kind) for d, s in zip(self._datasets, opened, strict=True)]
+        plans = _plans(self._datasets, opened)
+        rows = [reading.rows(plan) for reading, plan in zip(readings, plans, strict=True)]
+        if all(dataset.weight is not None for dataset in self._datasets):
+            yield from cast(Iterator[R | Dropped], interleaved(rows, [plan.n_wanted or 0 for plan in plans]))
+        else:
+            yield from cast(Iterator[R | Dropped], chain.from_iterable(rows))
+        total = sum(reading.n_read for reading in readings)
+        names = names_of(self._datasets)
+        self._sources = tuple(reading.report(name, total) for reading, name in zip(readings, names, strict=True))
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What was read, per source. Known once an iteration has come to its end."""
+        assert self._sources is not None, "iterate to the end first"
+        return self._sources
+
+
+def stream(datasets: Sequence[DatasetSettings], resolve: Resolve, kind: type[R]) -> RowStream[R]:
+    """The rows of `datasets` as records of `kind`. `resolve` turns a recipe's path into a file or folder."""
+    return RowStream(datasets, resolve, kind)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How many of a source's rows are used. None: all of them, or of an unknown number."""
+
+    n_rows: int | None
+    n_wanted: int | None
+
+
+def _plans(datasets: Sequence[DatasetSettings], opened: Sequence[OpenSource]) -> list[_Plan]:
+    totals = [
+        source.count() if dataset.limit is not None or dataset.weight is not None else None
+        for dataset, source in zip(datasets, opened, strict=True)
+    ]
+    wanted = [_least(dataset.limit, total) for dataset, total in zip(datasets, totals, strict=True)]
+    if datasets and all(dataset.weight is not None for dataset in datasets):
+        weights = [cast(float, dataset.weight) for dataset in datasets]
+        counts = mixture_counts([cast(int, n) for n in wanted], weights)
+        for dataset, n, available in zip(datasets, counts, wanted, strict=True):
+            if n == 0 and available:
+                raise DataError(
+                    f"weight {dataset.weight:g} gives this source not one row: the mixture ends where another source "
+                    f"has no more ({', '.join(f'{d.path} {w:,}' for d, w in zip(datasets, wanted, strict=True))}).",
+                    where=dataset.path,
+                    remedy="Raise its weight, or remove it.",
+                )
+        wanted = list(counts)
+    return [_Plan(total, n) for total, n in zip(totals, wanted, strict=True)]
+
+
+def _least(limit: int | None, total: int | None) -> int | None:
+    known = [n for n in (limit, total) if n is not None]
+    return min(known) if known else None
+
+
+class _Reading:
+    """One source on its way through; counts what passes."""
+
+    def __init__(self, dataset: DatasetSettings, source: OpenSource, kind: type) -> None:
+        self.dataset, self.source, self.kind = dataset, source, kind
+        self.n_read = 0
+        self.lost: Counter[str] = Counter()
+        self.sha256 = source.hash() if source.hash is not None else ""
+        self.passing = sha256() if source.hash is None else None
+        self.layout: Layout | None = None
+        self.plan = _Plan(None, None)
+
+    def rows(self, plan: _Plan) -> Iterator[object]:
+        self.plan = plan
+        for row in self._chosen(plan):
+            if self.layout is None:
+                self.layout = choose(self.dataset, row, self.kind)
+            self.n_read += 1
+            if self.passing is not None:
+                self.passing.update(row_bytes(row.fields))
+            built = self.layout.build(row)
+            if isinstance(built, Dropped):
+                self.lost[built.reason] += 1
+            if plan.n_wanted == self.n_read:
+                self._refuse_all_lost()
+            yield built
+        self._check_end()
+
+    def _chosen(self, plan: _Plan) -> Iterator[RawRow]:
+        if plan.n_wanted is None:
+            return self.source.rows()
+        # A stream of unknown length draws from a buffer instead, in its own reader.
+        seed = self.dataset.shuffle_seed if plan.n_rows is not None else None
+        return drawn(self.source.rows(), plan.n_rows or plan.n_wanted, plan.n_wanted, seed)
+
+    def _check_end(self) -> None:
+        if self.n_read == 0:
+            raise no_rows(self.source.where)
+        if self.dataset.weight is not None and self.plan.n_wanted != self.n_read:
+            raise DataError(
+                f"the stream ended after {self.n_read:,} rows, and its weight counts on {self.plan.n_wanted:,}.",
+                where=self.source.where,
+                remedy=f"Set limit: {self.n_read}.",
+            )
+        self._refuse_all_lost()
+
+    def _refuse_all_lost(self) -> None:
+        if self.lost.total() == self.n_read:
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.lost.items())
+            raise DataError(
+                f"every row would be dropped: {reasons}.", where=self.source.where, remedy="Check the columns."
+            )
+
+    def report(self, name: str, total: int) -> Source:
+        assert self.layout is not None
+        self.source.check()
+        limited = self.plan.n_wanted is not None
+        unused = None if limited and self.plan.n_rows is None else (self.plan.n_rows or self.n_read) - self.n_read
+        return Source(
+            path=name,
+            format=self.layout.name,
+            rule=self.layout.rule,
+            n_read=self.n_read,
+            n_dropped=self.lost.total(),
+            sha256=self.passing.hexdigest() if self.passing is not None else self.sha256,
+            n_unused=unused,
+            weight=self.dataset.weight,
+            share=self.n_read / total,
+        )
+
+
+def no_rows(where: str) -> DataError:
+    return DataError("the file holds no rows.", where=where, remedy="Check the path, or remove it from `datasets`.")
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded(Generic[R]):
-    """`ids` names every row read, in order; each is in `rows` or in `dropped`."""
+    """A whole stream in memory. `ids` names every row read, in order; each is in `rows` or in `dropped`."""
 
     rows: tuple[R, ...]
     dropped: tuple[Dropped, ...]
@@ -56,31 +235,43 @@ class Loaded(Generic[R]):
     ids: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
-    """Columns a row must have, columns it may have, and how a row is built from them."""
-
-    required: tuple[str, ...]
-    build: Callable[[RawRow], Row | Dropped]
-    optional: tuple[str, ...] = ()
-    open: bool = False  # other columns are kept for the rewards, so `columns` may name any
+def read(datasets: Sequence[DatasetSettings], resolve: Resolve, kind: type[R]) -> Loaded[R]:
+    """All rows of one kind."""
+    return _whole(stream(datasets, resolve, kind))
 
 
-def read_examples(datasets: Sequence[DatasetSettings], resolve: Callable[[str], Path]) -> Loaded[Example]:
+def kind_of(dataset: DatasetSettings, resolve: Resolve, kinds: Sequence[type] = KINDS) -> type:
+    """The kind of record a data set holds: by its `format`, else the first of `kinds` that its first row fits."""
+    source = open_sources([dataset], resolve)[0]
+    first = next(source.rows(), None)
+    if first is None:
+        raise no_rows(source.where)
+    return kind_of_row(dataset, first, kinds)
+
+
+def read_examples(datasets: Sequence[DatasetSettings], resolve: Resolve) -> Loaded[Example]:
     """Rows to imitate, for SFT. `resolve` turns a recipe's path into a file."""
-    return _read(datasets, resolve, EXAMPLE_FORMATS, Example)
+    return _whole(stream(datasets, resolve, Example))
 
 
-def read_pairs(datasets: Sequence[DatasetSettings], resolve: Callable[[str], Path]) -> Loaded[Pair]:
+def read_pairs(datasets: Sequence[DatasetSettings], resolve: Resolve) -> Loaded[Pair]:
     """Preference pairs."""
-    return _read(datasets, resolve, PAIR_FORMATS, Pair)
+    return _whole(stream(datasets, resolve, Pair))
 
 
-def read_tasks(
-    datasets: Sequence[DatasetSettings], resolve: Callable[[str], Path], *, require_answer: bool
-) -> Loaded[Task]:
+def read_rated(datasets: Sequence[DatasetSettings], resolve: Resolve) -> Loaded[Rated]:
+    """Single answers, each good or bad."""
+    return _whole(stream(datasets, resolve, Rated))
+
+
+def read_stepwise(datasets: Sequence[DatasetSettings], resolve: Resolve) -> Loaded[Stepwise]:
+    """Answers in steps, each step right or wrong."""
+    return _whole(stream(datasets, resolve, Stepwise))
+
+
+def read_tasks(datasets: Sequence[DatasetSettings], resolve: Resolve, *, require_answer: bool) -> Loaded[Task]:
     """Prompts for RL or a suite. `require_answer`: a reward compares with the gold answer, so each row needs one."""
-    loaded = _read(datasets, resolve, TASK_FORMATS, Task)
+    loaded = _whole(stream(datasets, resolve, Task))
     if require_answer:
         for task in loaded.rows:
             if task.answer is None:
@@ -92,222 +283,14 @@ def read_tasks(
     return loaded
 
 
-def _read(
-    datasets: Sequence[DatasetSettings],
-    resolve: Callable[[str], Path],
-    formats: Mapping[str, Format],
-    kind: type[R],
-) -> Loaded[R]:
-    paths = [resolve(dataset.path) for dataset in datasets]
-    rows: list[R] = []
+def _whole(rows: RowStream[R]) -> Loaded[R]:
+    kept: list[R] = []
     dropped: list[Dropped] = []
-    sources: list[Source] = []
     ids: list[str] = []
-    for dataset, path, label in zip(datasets, paths, _labels(datasets, paths), strict=True):
-        file = read_source(path, label=label, limit=dataset.limit)
-        renamed = [_rename(row, dataset.columns) for row in file.rows]
-        name, rule = _choose(dataset, renamed[0], formats)
-        built = [_build(formats[name], name, row) for row in renamed]
-        lost = [item for item in built if isinstance(item, Dropped)]
-        if len(lost) == len(built):
-            reasons = ", ".join(f"{n:,} {reason}" for reason, n in Counter(d.reason for d in lost).items())
-            raise DataError(f"every row would be dropped: {reasons}.", where=str(path), remedy="Check the columns.")
-        rows += [item for item in built if isinstance(item, kind)]
-        dropped += lost
-        ids += [row.id for row in file.rows]
-        sources.append(_source(dataset, name, rule, file, len(lost)))
-    return Loaded(rows=tuple(rows), dropped=tuple(dropped), sources=tuple(sources), ids=tuple(ids))
-
-
-def _source(dataset: DatasetSettings, name: str, rule: str, file: SourceFile, n_dropped: int) -> Source:
-    return Source(dataset.path, name, rule, n_read=len(file.rows), n_dropped=n_dropped, sha256=file.sha256)
-
-
-def _labels(datasets: Sequence[DatasetSettings], paths: Sequence[Path]) -> list[str]:
-    """Row ids begin with the file's name; with the recipe's path where names collide; and "#2" for a repeated path."""
-    names = Counter(path.name for path in paths)
-    labels: list[str] = []
-    for dataset, path in zip(datasets, paths, strict=True):
-        label = path.name if names[path.name] == 1 else dataset.path
-        earlier = sum(before.path == dataset.path for before in datasets[: len(labels)])
-        labels.append(f"{label}#{earlier + 1}" if earlier else label)
-    return labels
-
-
-def _rename(row: RawRow, columns: Mapping[str, str]) -> RawRow:
-    if not columns:
-        return row
-    for ours, theirs in columns.items():
-        if theirs not in row.fields:
-            raise DataError(
-                f"columns says {ours}: {theirs}, but there is no column {theirs!r}.",
-                where=row.where,
-                remedy=f"The row has: {_listed(row.fields)}.",
-            )
-    taken = set(columns.values())
-    fields = {key: value for key, value in row.fields.items() if key not in taken}
-    fields |= {ours: row.fields[theirs] for ours, theirs in columns.items()}
-    return RawRow(id=row.id, fields=fields, where=row.where)
-
-
-def _choose(dataset: DatasetSettings, first: RawRow, formats: Mapping[str, Format]) -> tuple[str, str]:
-    """The format's name and the rule that chose it."""
-    if dataset.format != "auto":
-        if dataset.format not in formats:
-            raise DataError(
-                f"format: {dataset.format} does not fit this stage.", where=dataset.path, remedy=_known(formats)
-            )
-        name, rule = str(dataset.format), "named in the recipe"
-    else:
-        fitting = [name for name, form in formats.items() if set(form.required) <= first.fields.keys()]
-        if len(fitting) != 1:
-            problem = f"the columns fit {' and '.join(fitting)}" if fitting else "the columns fit no known format"
-            advice = f"Set format: {fitting[0]}." if fitting else f"{_known(formats)} {_hint(first, formats)}"
-            raise DataError(f"{problem}: {_listed(first.fields)}.", where=first.where, remedy=advice)
-        name = fitting[0]
-        rule = f"has {' and '.join(formats[name].required)}"
-    form = formats[name]
-    unused = [ours for ours in dataset.columns if ours not in form.required + form.optional]
-    if unused and not form.open:
-        raise DataError(
-            f"columns names {_listed(unused)}, which format {name} does not use.",
-            where=dataset.path,
-            remedy=f"It uses {_listed(form.required + form.optional)}.",
-        )
-    return name, rule
-
-
-def _hint(first: RawRow, formats: Mapping[str, Format]) -> str:
-    for name, form in (EXAMPLE_FORMATS | PAIR_FORMATS).items():
-        if name not in formats and set(form.required) <= first.fields.keys():
-            return f"These rows look like {name}, which belongs to another kind of stage."
-    wanted = "chosen" if formats is PAIR_FORMATS else "prompt"
-    return f"Map them, e.g. columns: {{{wanted}: {next(iter(first.fields), 'question')}}}."
-
-
-def _build(form: Format, name: str, row: RawRow) -> Row | Dropped:
-    for field in form.required:
-        if field not in row.fields:
-            raise DataError(
-                f"no column {field!r}, which format {name} needs. The row has: {_listed(row.fields)}.",
-                where=row.where,
-                remedy=f"Add it, or map it with columns: {{{field}: <column>}}.",
-            )
-    return form.build(row)
-
-
-def _text(row: RawRow, field: str) -> str:
-    value = row.fields[field]
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(
-            f"{field!r} must be text and not empty; it is {value!r:.60}.",
-            where=row.where,
-            remedy="There is nothing to learn from such a row: fill it in or remove it.",
-        )
-    return value
-
-
-def _prompt(row: RawRow) -> tuple[Message, ...]:
-    if isinstance(row.fields["prompt"], list):
-        return _ends(as_messages(row.fields["prompt"], "prompt", row.where), "user", "prompt", row)
-    return (Message("user", _text(row, "prompt")),)
-
-
-def _ends(messages: tuple[Message, ...], role: str, field: str, row: RawRow) -> tuple[Message, ...]:
-    if messages[-1].role != role:
-        raise DataError(
-            f"{field!r} must end with a message of role {role}; its last has role {messages[-1].role}.",
-            where=row.where,
-            remedy="Remove the trailing message, or add the missing one.",
-        )
-    return messages
-
-
-def _from_messages(row: RawRow) -> Example:
-    messages = as_messages(row.fields["messages"], "messages", row.where)
-    return Example(id=row.id, messages=_ends(messages, "assistant", "messages", row))
-
-
-def _from_prompt_completion(row: RawRow) -> Example:
-    completion = row.fields["completion"]
-    if isinstance(completion, list):
-        answer = _ends(as_messages(completion, "completion", row.where), "assistant", "completion", row)
-    else:
-        answer = (Message("assistant", _text(row, "completion")),)
-    # A prompt given as messages is context: its assistant turns, if any, are not what this row teaches.
-    context = tuple(Message(m.role, m.content, False) if m.role == "assistant" else m for m in _prompt(row))
-    return Example(id=row.id, messages=context + answer)
-
-
-def _from_text(row: RawRow) -> Example:
-    return Example(id=row.id, text=_text(row, "text"))
-
-
-def _from_preference(row: RawRow) -> Pair | Dropped:
-    sides = [_side(row, field) for field in ("chosen", "rejected")]
-    if any(side is None or not side[-1].content.strip() for side in sides):
-        return Dropped(row.id, "empty answer")
-    chosen, rejected = (side for side in sides if side is not None)
-    if chosen == rejected:
-        return Dropped(row.id, "chosen and rejected identical")
-    if "prompt" in row.fields:
-        prompt = _prompt(row)
-        chosen, rejected = (
-            side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in (chosen, rejected)
-        )
-    else:
-        prompt, chosen, rejected = common_prompt(chosen, rejected)
-    for field, side in (("chosen", chosen), ("rejected", rejected)):
-        if not prompt or not side or side[0].role != "assistant":
-            raise DataError(
-                f"{field!r} does not continue the prompt with an assistant message.",
-                where=row.where,
-                remedy="Give `prompt`, or let chosen and rejected begin with the same messages.",
-            )
-        _ends(side, "assistant", field, row)
-    return Pair(id=row.id, prompt=prompt, chosen=chosen, rejected=rejected)
-
-
-def _side(row: RawRow, field: str) -> tuple[Message, ...] | None:
-    """Chosen or rejected as messages: a list, a transcript, or a bare answer to `prompt`. None: it is empty."""
-    value = row.fields[field]
-    if isinstance(value, list):
-        return as_messages(value, field, row.where, allow_empty_last=True)
-    if not isinstance(value, str):
-        raise DataError(f"{field!r} must be text or a list of messages; it is {value!r:.60}.", where=row.where)
-    if not value.strip():
-        return None
-    if "prompt" in row.fields:
-        return (Message("assistant", value),)
-    return parse_transcript(value, field, row.where)
-
-
-def _from_task(row: RawRow) -> Task:
-    answer = row.fields.get("answer")
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
-    if answer is not None and not (isinstance(answer, str) and answer.strip()):
-        raise DataError(
-            f"'answer' must be text or a number, and not empty; it is {answer!r:.60}.",
-            where=row.where,
-            remedy="Fill it in, or leave the column out where no reward compares with it.",
-        )
-    extra = {key: value for key, value in row.fields.items() if key not in ("prompt", "answer")}
-    return Task(id=row.id, prompt=_prompt(row), answer=answer, extra=extra)
-
-
-def _listed(names: Mapping[str, Any] | Sequence[str]) -> str:
-    return ", ".join(names) or "no columns"
-
-
-def _known(formats: Mapping[str, Format]) -> str:
-    return "Known here: " + "; ".join(f"{name} ({', '.join(form.required)})" for name, form in formats.items()) + "."
-
-
-EXAMPLE_FORMATS = {
-    "messages": Format(("messages",), _from_messages),
-    "prompt_completion": Format(("prompt", "completion"), _from_prompt_completion),
-    "text": Format(("text",), _from_text),
-}
-PAIR_FORMATS = {"preference": Format(("chosen", "rejected"), _from_preference, optional=("prompt",))}
-TASK_FORMATS = {"task": Format(("prompt",), _from_task, optional=("answer",), open=True)}
+    for row in rows:
+        ids.append(row.id)
+        if isinstance(row, Dropped):
+            dropped.append(row)
+        else:
+            kept.append(row)
+    return Loaded(rows=tuple(kept), dropped=tuple(dropped), sources=rows.sources, ids=tuple(ids))

@@ -1,21 +1,23 @@
-"""Where every row went. Rows are never lost: each one read ends in exactly one bucket, and the counts must add up."""
+"""Where every row went. Rows are never lost: each one read ends in exactly one bucket, and the counts must add up.
+
+Nothing here grows with the rows but eight bytes for each: entries are written as they come, and counted by source.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Protocol, TextIO, TypeVar
 
-from posttrain.data.formats import Loaded
+import numpy as np
+
 from posttrain.errors import DataError
-from posttrain.records import Branch, Example, Pair, Task, Tree
 
-R = TypeVar("R", Example, Pair, Task)
+ROWS = "rows.jsonl"  # the ledger's file: one line a row, in the order read
 
 
 class Bucket(StrEnum):
@@ -29,145 +31,148 @@ class Bucket(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
+    """Where a row ended, why, and how many of its tokens carry loss."""
+
     bucket: Bucket
     reason: str = ""
+    n_scored: int = 0
 
 
-class Ledger:
-    """One stage's rows and where each ended. `put` each once, then `check`."""
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A row that is not rendered, and the entry that says why."""
 
-    def __init__(self, row_ids: Iterable[str]) -> None:
-        self.row_ids = tuple(row_ids)
-        self._known = frozenset(self.row_ids)
-        assert len(self._known) == len(self.row_ids), "two rows share an id"
-        self._entries: dict[str, Entry] = {}
+    id: str
+    entry: Entry
 
-    @classmethod
-    def of(cls, loaded: Loaded[R]) -> Ledger:
-        """A ledger of all rows read, with those that their format dropped already entered."""
-        ledger = cls(loaded.ids)
-        for lost in loaded.dropped:
-            ledger.put(lost.id, Bucket.DROPPED, lost.reason)
-        return ledger
 
-    def put(self, row_id: str, bucket: Bucket, reason: str = "") -> None:
-        assert row_id in self._known, f"{row_id} was never read"
-        assert row_id not in self._entries, f"{row_id} is already {self._entries[row_id].bucket}"
-        assert reason or bucket is not Bucket.DROPPED, f"{row_id} is dropped without a reason"
-        self._entries[row_id] = Entry(bucket, reason)
+class HasId(Protocol):
+    @property
+    def id(self) -> str: ...
 
-    def count(self, bucket: Bucket) -> int:
-        return sum(entry.bucket is bucket for entry in self._entries.values())
 
-    def check(self) -> None:
-        """Every row read is accounted for. If not, that is our bug, not the user's."""
-        missing = [row_id for row_id in self.row_ids if row_id not in self._entries]
-        assert not missing, f"{len(missing)} of {len(self.row_ids)} rows are in no bucket, first {missing[0]}"
+T = TypeVar("T", bound=HasId)
 
-    def check_drop_rate(self, max_drop_rate: float) -> None:
-        """More dropped rows than the recipe allows stop the stage."""
-        dropped, read = self.count(Bucket.DROPPED), len(self.row_ids)
-        if dropped > max_drop_rate * read:
-            raise DataError(
-                f"{dropped:,} of {read:,} rows ({dropped / read:.1%}) are dropped, more than max_drop_rate "
-                f"{max_drop_rate:.1%}: {self.reasons()}.",
-                where=next(i for i, entry in self._entries.items() if entry.bucket is Bucket.DROPPED),
-                remedy="Mend the data, raise max_length if rows are too long, or raise max_drop_rate knowingly.",
-            )
+
+@dataclass(frozen=True, slots=True)
+class SourceCount:
+    """What became of one source's rows."""
+
+    buckets: Mapping[str, int]
+    supervised_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """A closed ledger: rows per bucket and tokens with loss, by source; and why rows were dropped."""
+
+    sources: Mapping[str, SourceCount]
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    first_dropped: str = ""
+
+    @property
+    def buckets(self) -> dict[str, int]:
+        """Rows per bucket over all sources; empty buckets are left out."""
+        total = Counter[str]()
+        for source in self.sources.values():
+            total.update(source.buckets)
+        return {str(bucket): total[bucket] for bucket in Bucket if total[bucket]}
+
+    @property
+    def n_rows(self) -> int:
+        return sum(self.buckets.values())
+
+    @property
+    def supervised_tokens(self) -> int:
+        return sum(source.supervised_tokens for source in self.sources.values())
 
     def summary(self) -> str:
         """One line: "2,312 rows: 2,300 trained, 8 truncated, 4 dropped (4 empty answer)"."""
-        self.check()
-        counts = {bucket: self.count(bucket) for bucket in Bucket}
         parts = [
-            f"{n:,} {bucket}" + (f" ({self.reasons()})" if bucket is Bucket.DROPPED else "")
-            for bucket, n in counts.items()
-            if n
+            f"{n:,} {bucket}" + (f" ({self.why_dropped()})" if bucket == Bucket.DROPPED else "")
+            for bucket, n in self.buckets.items()
         ]
-        return f"{len(self.row_ids):,} rows: {', '.join(parts) or 'none'}"
+        return f"{self.n_rows:,} rows: {', '.join(parts) or 'none'}"
 
-    def write(self, path: Path) -> None:
-        """rows.jsonl: one line a row, in the order read."""
-        self.check()
-        aside = path.with_name(f".{path.name}.part")
-        with aside.open("w", encoding="utf-8") as out:
-            for row_id in self.row_ids:
-                entry = self._entries[row_id]
-                line = {"id": row_id, "bucket": entry.bucket, "reason": entry.reason}
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        aside.replace(path)
-
-    def reasons(self) -> str:
+    def why_dropped(self) -> str:
         """Why rows were dropped, the most frequent reason first."""
-        reasons = Counter(entry.reason for entry in self._entries.values() if entry.bucket is Bucket.DROPPED)
-        return ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
+        return ", ".join(f"{n:,} {reason}" for reason, n in Counter(self.reasons).most_common())
+
+    def check_drop_rate(self, max_drop_rate: float) -> None:
+        """More dropped rows than the recipe allows stop the stage."""
+        dropped, read = self.buckets.get(Bucket.DROPPED, 0), self.n_rows
+        if dropped > max_drop_rate * read:
+            raise DataError(
+                f"{dropped:,} of {read:,} rows ({dropped / read:.1%}) are dropped, more than max_drop_rate "
+                f"{max_drop_rate:.1%}: {self.why_dropped()}.",
+                where=self.first_dropped,
+                remedy="Mend the data, raise max_length if rows are too long, or raise max_drop_rate knowingly.",
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        sources = {
+            label: {"buckets": dict(source.buckets), "supervised_tokens": source.supervised_tokens}
+            for label, source in self.sources.items()
+        }
+        return {"sources": sources, "reasons": dict(self.reasons), "first_dropped": self.first_dropped}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Counts:
+        sources = {label: SourceCount(**source) for label, source in stored["sources"].items()}
+        return cls(sources, stored["reasons"], stored["first_dropped"])
 
 
-def fit(
-    trees: Sequence[Tree],
-    max_length: int,
-    on_overflow: Literal["error", "drop", "truncate"],
-    max_drop_rate: float,
-    ledger: Ledger,
-    *,
-    bucket: Bucket = Bucket.TRAINED,
-) -> list[Tree]:
-    """Keep the trees whose prompt and longest answer fit `max_length`; treat the others as the recipe says.
+class Ledger:
+    """One stage's rows as they go by: `reading` counts them in, `put` says where each ended, `close` compares."""
 
-    Enters each tree in the ledger: kept ones in `bucket`, the others as truncated or dropped.
-    """
-    if on_overflow == "error":
-        _refuse_overflow(trees, max_length)
-    kept: list[Tree] = []
-    for tree in trees:
-        if length(tree) <= max_length:
-            kept.append(tree)
-            ledger.put(tree.id, bucket)
-        elif on_overflow == "drop":
-            ledger.put(tree.id, Bucket.DROPPED, f"longer than {max_length} tokens")
-        elif reason := _useless_when_cut(short := _truncate(tree, max_length)):
-            ledger.put(tree.id, Bucket.DROPPED, reason)
-        else:
-            kept.append(short)
-            ledger.put(tree.id, Bucket.TRUNCATED, f"{length(tree)} tokens cut to {max_length}")
-    ledger.check_drop_rate(max_drop_rate)
-    if not kept:
-        raise DataError(
-            f"none of {len(ledger.row_ids):,} rows is left: {ledger.reasons() or 'there were none'}.",
-            remedy="Raise max_length, or give other data.",
-        )
-    return kept
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._read = Counter[str]()
+        self._ids = array("q")  # hashes of the ids in the ledger: the same id twice would hide a lost row
+        self._buckets: dict[str, Counter[str]] = {}
+        self._supervised = Counter[str]()
+        self._reasons = Counter[str]()
+        self._first_dropped = ""
 
+    def reading(self, rows: Iterable[T]) -> Iterator[T]:
+        """Count rows in, by source, on their way from the reader."""
+        for row in rows:
+            self._read[source_of(row.id)] += 1
+            yield row
 
-def length(tree: Tree) -> int:
-    """Tokens of the prompt with its longest answer: the longest sequence the model will see."""
-    return len(tree.trunk_ids) + max(len(branch.token_ids) for branch in tree.branches)
+    def put(self, row_id: str, entry: Entry) -> None:
+        _must(entry.reason or entry.bucket is not Bucket.DROPPED, f"{row_id} is dropped without a reason")
+        source = source_of(row_id)
+        self._ids.append(hash(row_id))
+        self._buckets.setdefault(source, Counter())[entry.bucket] += 1
+        self._supervised[source] += entry.n_scored
+        if entry.bucket is Bucket.DROPPED:
+            self._reasons[entry.reason] += 1
+            self._first_dropped = self._first_dropped or row_id
+        line = {"id": row_id, "bucket": entry.bucket, "reason": entry.reason}
+        self._out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-
-def _refuse_overflow(trees: Sequence[Tree], max_length: int) -> None:
-    over = [tree for tree in trees if length(tree) > max_length]
-    if over:
-        longest = max(over, key=length)
-        raise DataError(
-            f"the row is {length(over[0]):,} tokens long, max_length is {max_length:,}. {len(over):,} of "
-            f"{len(trees):,} rows are longer; the longest is {longest.id} with {length(longest):,}.",
-            where=over[0].id,
-            remedy=f"Set max_length: {length(longest)}, or on_overflow: drop or truncate.",
-        )
+    def close(self) -> Counts:
+        """The counts. Every row read is in one bucket; if not, that is our bug, not the user's."""
+        ended = {source: sum(buckets.values()) for source, buckets in self._buckets.items()}
+        for source in self._read.keys() | ended.keys():
+            n_read, n_ended = self._read[source], ended.get(source, 0)
+            _must(n_read == n_ended, f"{n_read:,} rows of {source} were read, {n_ended:,} are in a bucket")
+        n_ids = np.unique(np.frombuffer(self._ids, np.int64)).size if self._ids else 0
+        _must(n_ids == len(self._ids), "two rows share an id, or one is in two buckets")
+        counts = {
+            source: SourceCount({str(b): self._buckets[source][b] for b in Bucket if self._buckets[source][b]}, tokens)
+            for source, tokens in self._supervised.items()
+        }
+        return Counts(counts, dict(self._reasons.most_common()), self._first_dropped)
 
 
-def _truncate(tree: Tree, max_length: int) -> Tree:
-    room = max(0, max_length - len(tree.trunk_ids))
-    branches = tuple(Branch(b.token_ids[:room], b.scored[:room]) for b in tree.branches)
-    return Tree(tree.id, tree.trunk_ids, branches)
+def source_of(row_id: str) -> str:
+    """ "train.jsonl:17" comes from "train.jsonl"."""
+    return row_id.rpartition(":")[0]
 
 
-def _useless_when_cut(tree: Tree) -> str:
-    """Why a truncated tree teaches nothing, or "" if it still does."""
-    if any(not any(branch.scored) for branch in tree.branches):
-        return "no room for an answer"
-    if len(tree.branches) > 1 and len({branch.token_ids for branch in tree.branches}) == 1:
-        return "answers identical once cut"
-    return ""
+def _must(holds: object, otherwise: str) -> None:
+    """An assertion that `python -O` keeps: lost rows are worth the time."""
+    if not holds:
+        raise AssertionError(otherwise)

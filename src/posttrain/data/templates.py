@@ -1,8 +1,8 @@
 """A tokenizer's chat template, probed: what it writes around an answer, and the token that ends one.
 
-Spans come from incremental rendering: render the conversation up to an answer, render it again with the answer, and the
-difference is the answer. No generation markers, no searching for marker tokens, so every Jinja template works that
-keeps what it was given; one that does not is refused here, with what it was given and what it wrote.
+No answer is looked for by searching for marker tokens: a conversation is rendered with and without it (`turns.py`), so
+every Jinja template works that keeps what it was given. One that does not is refused, with what it was given and what
+it wrote.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -20,122 +21,181 @@ from posttrain.errors import DataError
 from posttrain.records import Message
 
 USE_BUILTIN = (
-    "Set chat_template: builtin:templates/plain.jinja (any tokenizer) or builtin:templates/chatml.jinja "
-    "(needs <|im_end|> as a token)."
+    "Set chat_template: builtin:templates/plain.jinja (any tokenizer), or builtin:templates/chatml.jinja or "
+    "chatml-tools.jinja (both need <|im_end|> as a token)."
 )
+USE_TOOLS = "Set chat_template: builtin:templates/chatml-tools.jinja, which writes tools, tool calls and thinking."
 PROBE_QUESTION = Message("user", "Is this a probe?")
 PROBE_ANSWER = Message("assistant", "Yes, this is one.")
-RENDERS_REMEMBERED = 8192
+PROBE_THINKING = Message("assistant", PROBE_ANSWER.content, thinking="Let me look at it.")
+
+PROBE_TOOL = json.dumps(
+    {
+        "type": "function",
+        "function": {"name": "probe", "description": "A probe.", "parameters": {"type": "object", "properties": {}}},
+    }
+)
+
+# As transformers looks for them.
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Thinking that the generation prompt opens and finished answers do not show (DeepSeek-R1), and how models close it.
+OPENED = re.compile(r"<think>\s*\Z")
+CLOSE = "\n</think>\n\n"
+
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """One assistant turn in rendered text: the text before it, and what the model must write, end token included."""
+class Frame:
+    """What a template writes around an answer to its generation prompt."""
 
-    before: str
-    answer: str
-
-    @property
-    def closed(self) -> str:
-        return self.before + self.answer
+    lead: str  # before the text of an answer without thinking
+    end: str  # after the text, up to and with the end token
+    end_id: int
+    tail: str  # after the end token; nobody samples it
+    thinking: tuple[str, str] | None  # before the thinking, and between it and the text; None: it leaves thinking out
+    close: str  # ends thinking that the generation prompt opens and a finished answer does not show; "": it opens none
 
 
 class ChatTemplate:
-    """Renders conversations with the tokenizer's own Jinja. `lead` and `end` are what it writes around an answer."""
+    """Renders conversations with the tokenizer's own Jinja. `has_marks`: it says itself which text is an answer."""
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
         self._tokenizer = tokenizer
         self.source = template_text(tokenizer, template)
-        self._remembered = lru_cache(RENDERS_REMEMBERED)(self._apply)
+        self.has_marks = MARKS.search(self.source) is not None
         self._control = _control_pattern(tokenizer)
-        self.lead, self.end, self.end_id = self._probe()
+        self._calls_as_text = False
+        self.frame = self._probe()
 
-    def render(self, messages: tuple[Message, ...], generation_prompt: bool, where: str = "") -> str:
+    @property
+    def end(self) -> str:
+        return self.frame.end
+
+    @cached_property
+    def writes_tools(self) -> bool:
+        asked = (PROBE_QUESTION,)
+        return self.render(asked, True, (PROBE_TOOL,)) != self.render(asked, True)
+
+    def render(
+        self, messages: Sequence[Message], generation_prompt: bool, tools: Sequence[str] = (), where: str = ""
+    ) -> str:
         """The conversation as text; with `generation_prompt`, up to where the model begins to answer."""
+        return self._rendered(messages, tools, where, generation_prompt, marked=False)[0]
+
+    def render_marked(
+        self, messages: Sequence[Message], tools: Sequence[str] = (), where: str = ""
+    ) -> tuple[str, tuple[Span, ...]]:
+        """The finished conversation, and the characters between {% generation %} and {% endgeneration %}."""
+        return self._rendered(messages, tools, where, False, marked=self.has_marks)
+
+    def _rendered(
+        self, messages: Sequence[Message], tools: Sequence[str], where: str, generation_prompt: bool, *, marked: bool
+    ) -> tuple[str, tuple[Span, ...]]:
         try:
-            return self._remembered(messages, generation_prompt)
+            try:
+                return self._apply(messages, tools, generation_prompt, marked)
+            except TypeError:
+                # Templates disagree whether a call's arguments are an object or JSON text.
+                if self._calls_as_text or not any(message.tool_calls for message in messages):
+                    raise
+                self._calls_as_text = True
+                return self._apply(messages, tools, generation_prompt, marked)
         except TemplateSyntaxError as fault:
             raise DataError(
                 f"the chat template is not Jinja: {fault.message} (line {fault.lineno}).", remedy=USE_BUILTIN
             ) from fault
         except (TemplateError, TypeError) as fault:
-            roles = [message.role for message in messages]
-            remedy = f"Change the order of the roles, or the template. {USE_BUILTIN}"
-            if "system" in roles:
-                remedy = f"If it takes no system message, put that text into the first user message. {USE_BUILTIN}"
-            raise DataError(
-                f"the chat template refuses the roles {', '.join(roles)}: {fault}.", where=where, remedy=remedy
-            ) from fault
+            raise _refused(messages, fault, where) from fault
 
-    def _apply(self, messages: tuple[Message, ...], generation_prompt: bool) -> str:
-        return self._tokenizer.apply_chat_template(
-            [message.as_dict() for message in messages],
-            chat_template=self.source,
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-        )
-
-    def turn(self, messages: tuple[Message, ...], index: int, where: str) -> Turn:
-        """The assistant turn at `index`, which must stand in the rendered text exactly as the message has it."""
-        message = messages[index]
-        before = self.render(messages[:index], True, where)
-        closed = self.render(messages[: index + 1], False, where)
-        if not closed.startswith(before):
-            raise DataError(
-                "the chat template's generation prompt is not how it renders a finished answer: "
-                f"it prompts with …{before[-60:]!r} but renders …{closed[len(before) - 60 :][:120]!r}.",
-                where=where,
-                remedy=f"Training would not match sampling. {USE_BUILTIN}",
+    def _apply(
+        self, messages: Sequence[Message], tools: Sequence[str], generation_prompt: bool, marked: bool
+    ) -> tuple[str, tuple[Span, ...]]:
+        written = [self._as_dict(message) for message in messages]
+        schemas = [json.loads(tool) for tool in tools] or None
+        if not marked:
+            text = self._tokenizer.apply_chat_template(
+                written,
+                tools=schemas,
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
             )
-        rest = closed[len(before) :]
-        # A template may trim the outer white space of a message; within the text it must change nothing.
-        for content in (message.content, message.content.strip()):
-            for lead in (self.lead, ""):
-                written = lead + content + self.end
-                if rest.startswith(written):
-                    return Turn(before, written)
-        raise DataError(
-            f"the chat template alters or drops the assistant's text. Message: {message.content!r:.200}. "
-            f"Rendered: {rest!r:.200}.",
-            where=where,
-            remedy=f"The model would learn another text than the data holds. {USE_BUILTIN}",
-        )
+            return text, ()
+        # What apply_chat_template calls, which gives characters where that gives tokens: a token that holds the end of
+        # a question and the beginning of its answer cannot be marked rightly.
+        from transformers.utils.chat_template_utils import render_jinja_template
 
-    def refuse_control_tokens(self, messages: tuple[Message, ...], where: str) -> None:
-        """A message that spells a control token would end its own turn, or open another."""
+        texts, spans = render_jinja_template(
+            [written],
+            tools=schemas,
+            chat_template=self.source,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=generation_prompt,
+            **self._tokenizer.special_tokens_map,
+        )
+        return texts[0], tuple(spans[0])
+
+    def _as_dict(self, message: Message) -> dict[str, Any]:
+        written = message.as_dict()
+        if self._calls_as_text and message.tool_calls:
+            for call, said in zip(written["tool_calls"], message.tool_calls, strict=True):
+                call["function"]["arguments"] = said.arguments
+        return written
+
+    def refuse_control_tokens(self, messages: Sequence[Message], tools: Sequence[str], where: str) -> None:
+        """A text that spells a control token would end its own turn, or open another."""
+        if self._control is None:
+            return
         for i, message in enumerate(messages):
-            found = self._control.search(message.content) if self._control else None
-            if found:
-                raise DataError(
-                    f"message {i} ({message.role}) contains {found.group()!r}, a control token of this tokenizer.",
-                    where=where,
-                    remedy="It would be read as the token, not as text: rewrite or remove it.",
-                )
+            calls = (part for call in message.tool_calls for part in (call.name, call.arguments))
+            for text in (message.content, message.thinking, *calls):
+                if text and (found := self._control.search(text)):
+                    raise _control_token(f"message {i} ({message.role})", found.group(), where)
+        for i, tool in enumerate(tools):
+            if found := self._control.search(tool):
+                raise _control_token(f"tool {i}", found.group(), where)
 
     @property
     def fingerprint(self) -> str:
         """Equal fingerprints render and tokenise turns alike."""
-        special = (self._tokenizer.bos_token, self._tokenizer.eos_token, self.end, self.end_id)
+        special = (self._tokenizer.bos_token, self._tokenizer.eos_token, self.frame.end, self.frame.end_id)
         return hashlib.sha256(json.dumps([self.source, special]).encode()).hexdigest()
 
-    def _probe(self) -> tuple[str, str, int]:
-        """(text before an answer, text after it up to and with the end token, the end token's id)."""
-        before = self.render((PROBE_QUESTION,), True)
+    def _probe(self) -> Frame:
+        prompt = self.render((PROBE_QUESTION,), True)
         closed = self.render((PROBE_QUESTION, PROBE_ANSWER), False)
-        at = closed.find(PROBE_ANSWER.content, len(before))
-        if not closed.startswith(before) or at < 0:
+        opened = OPENED.search(prompt)
+        shows = closed.startswith(prompt)
+        context = prompt if shows or opened is None else prompt[: opened.start()]
+        at = closed.find(PROBE_ANSWER.content, len(context))
+        if not closed.startswith(context) or at < 0:
             raise DataError(
                 "the chat template does not render an answer after its own generation prompt. "
-                f"Prompt: {before!r:.200}. With the answer {PROBE_ANSWER.content!r}: {closed!r:.300}.",
+                f"Prompt: {prompt!r:.200}. With the answer {PROBE_ANSWER.content!r}: {closed!r:.300}.",
                 remedy=USE_BUILTIN,
             )
-        tail = closed[at + len(PROBE_ANSWER.content) :]
+        end, end_id, tail = self._end(closed[at + len(PROBE_ANSWER.content) :])
+        thinking = self._thinking(prompt)
+        return Frame(closed[len(context) : at], end, end_id, tail, thinking, "" if shows else CLOSE)
+
+    def _thinking(self, prompt: str) -> tuple[str, str] | None:
+        closed = self.render((PROBE_QUESTION, PROBE_THINKING), False)
+        at = closed.find(PROBE_THINKING.thinking, len(prompt))
+        text = closed.find(PROBE_THINKING.content, at + 1)
+        if not closed.startswith(prompt) or at < 0 or text < 0:
+            return None
+        return closed[len(prompt) : at], closed[at + len(PROBE_THINKING.thinking) : text]
+
+    def _end(self, tail: str) -> tuple[str, int, str]:
+        """(text after an answer up to and with the end token, the end token's id, what follows)."""
         whole_tokens = {int(i): str(token) for i, token in self._tokenizer.added_tokens_decoder.items()}
         for token_id in self._tokenizer(tail, add_special_tokens=False).input_ids:
             if token_id in whole_tokens:
-                end = tail[: tail.index(whole_tokens[token_id])] + whole_tokens[token_id]
-                if not end.removesuffix(whole_tokens[token_id]).strip():
-                    return closed[len(before) : at], end, token_id
+                token = whole_tokens[token_id]
+                before, _, after = tail.partition(token)
+                if not before.strip():
+                    return before + token, token_id, after
                 break
         raise DataError(
             f"no token ends an answer: after the assistant's text the chat template writes {tail!r}, which does not "
@@ -145,12 +205,35 @@ class ChatTemplate:
 
 
 def template_text(tokenizer: Any, template: str | None) -> str:
-    """The template given as Jinja text, or the tokenizer's own."""
+    """The template given as Jinja text, or the tokenizer's own; of several, the one it calls default."""
     if template is not None:
         return template
-    if not isinstance(tokenizer.chat_template, str):
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    if not isinstance(own, str):
         raise DataError("the tokenizer has no chat template.", where=tokenizer.name_or_path, remedy=USE_BUILTIN)
-    return tokenizer.chat_template
+    return own
+
+
+def _refused(messages: Sequence[Message], fault: Exception, where: str) -> DataError:
+    roles = [message.role for message in messages]
+    remedy = f"Change the order of the roles, or the template. {USE_BUILTIN}"
+    if "system" in roles:
+        remedy = f"If it takes no system message, put that text into the first user message. {USE_BUILTIN}"
+    if "tool" in roles or any(message.tool_calls for message in messages):
+        remedy = f"Change what it objects to, or the template. {USE_TOOLS}"
+    return DataError(
+        f"the chat template refuses this conversation ({', '.join(roles)}): {fault}.", where=where, remedy=remedy
+    )
+
+
+def _control_token(holder: str, token: str, where: str) -> DataError:
+    return DataError(
+        f"{holder} contains {token!r}, a control token of this tokenizer.",
+        where=where,
+        remedy="It would be read as the token, not as text: rewrite or remove it.",
+    )
 
 
 def _control_pattern(tokenizer: Any) -> re.Pattern[str] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from posttrain.errors import DataError, PosttrainError, RecipeError
-from posttrain.gate.suites import Suite, load_suite
+from posttrain.gate.suites import Suite, is_suite, load_suite
 from posttrain.recipe import Recipe
 from posttrain.rewards import mix
 from posttrain.rewards.proof import prove, unproven
@@ -20,6 +20,9 @@ def read_ahead(recipe: Recipe) -> dict[str, Suite]:
         if s.gate is not None:
             suites[stage.key] = _suite(recipe, stage.key, s.gate.suite)
             _refuse_out_of_reach(recipe, stage.key, suites[stage.key], s.gate.min_gain)
+        for i, name in enumerate(s.decontaminate.against):
+            if is_suite(recipe.resolve(name)):
+                _suite(recipe, stage.key, name, f"decontaminate.against[{i}]")
         if isinstance(s, GRPOSettings):
             try:
                 mix.build(s.rewards).close()
@@ -44,11 +47,11 @@ def prove_scores(suites: Mapping[str, Suite]) -> list[str]:
     return doubts
 
 
-def _suite(recipe: Recipe, key: str, name: str) -> Suite:
+def _suite(recipe: Recipe, key: str, name: str, said_by: str = "gate.suite") -> Suite:
     try:
         return load_suite(recipe.resolve(name), recipe.resolve)
     except PosttrainError as e:
-        e.locate(_place(recipe, key, "gate.suite"))
+        e.locate(_place(recipe, key, said_by))
         raise
 
 

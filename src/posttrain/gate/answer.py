@@ -31,7 +31,7 @@ def answer_suite(
         stop_token_ids=renderer.stop_token_ids,
     )
     requests = [
-        Request(item.id, renderer.prompt_ids(item.prompt, item.id), (derive_seed(seed, "suite", item.id),))
+        Request(item.id, renderer.prompt_ids(item.prompt, item.id, item.tools), (derive_seed(seed, "suite", item.id),))
         for item in suite.items
     ]
     _refuse_beyond_positions(policy, suite, requests)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
+from posttrain.intervals import wilson
 from posttrain.records import Interval
 
 RESAMPLES = 10_000
@@ -30,19 +30,6 @@ class Paired:
     interval: Interval
     p_value: float
     method: str
-
-
-def wilson(k: float, n: int, confidence: float = 0.95) -> Interval:
-    """Score interval for the share k/n (Wilson 1927). `k` may be fractional; the interval is then conservative."""
-    if n < 1 or not 0 <= k <= n:
-        raise ValueError(f"a share needs 0 <= k <= n and n >= 1, not k = {k}, n = {n}")
-    z = _z(confidence)
-    share = k / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low = 0.0 if k == 0 else max(0.0, centre - reach)
-    high = 1.0 if k == n else min(1.0, centre + reach)
-    return Interval(low, high)
 
 
 def bootstrap_mean(
@@ -151,10 +138,6 @@ def _phi(both: int, only_after: int, only_before: int, neither: int) -> float:
 
 def _combined(x: float, y: float, phi: float) -> float:
     return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
-
-
-def _z(confidence: float) -> float:
-    return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
 def _finite(values: Sequence[float]) -> Floats:

@@ -110,6 +110,11 @@ def load_suite(path: Path, resolve: Resolve, read_tasks: ReadTasks | None = None
     )
 
 
+def is_suite(path: Path) -> bool:
+    """Whether an evaluation set is given as a suite; else it is a file of rows."""
+    return path.suffix in (".yaml", ".yml")
+
+
 def grade(suite: Suite, completions: Sequence[Completion], rewards: mix.RewardMix) -> list[ItemResult]:
     """One result per item from one completion per item, in the suite's order."""
     scores = rewards.score(completions, suite.items, score_cut=not suite.must_finish)

@@ -45,4 +45,4 @@ def grpo(
         loss_N = loss_N + beta * kl_N
         metrics["kl_k3_to_reference"] = Mean.of(kl_N)
     per_answer_B = per_branch_mean(loss_N, sampled.branch_N, sampled.n_branches)
-    return LossSum(per_answer_B.sum(), metrics)
+    return LossSum(per_answer_B.sum(), sampled.n_branches, metrics)

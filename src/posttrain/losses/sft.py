@@ -12,4 +12,4 @@ from posttrain.losses.terms import LossSum, Mean
 
 def nll(logp_N: Tensor, entropy_N: Tensor) -> LossSum:
     """logp_N: log-probabilities of the scored tokens (nats)."""
-    return LossSum(-logp_N.sum(), {"nll": Mean.of(-logp_N), "entropy": Mean.of(entropy_N)})
+    return LossSum(-logp_N.sum(), logp_N.numel(), {"nll": Mean.of(-logp_N), "entropy": Mean.of(entropy_N)})

@@ -29,9 +29,11 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class LossSum:
-    """`total` is a scalar tensor, summed over tokens, pairs or rows; the objective's `count` says which."""
+    """`total` is a scalar tensor: a sum over `count` tokens, pairs, rows or answers. Sums and counts of the parts of a
+    batch add up to those of the whole, so how a batch is cut cannot matter."""
 
     total: Tensor
+    count: int
     metrics: Mapping[str, Mean] = field(default_factory=dict)
 
 

@@ -16,18 +16,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from posttrain.data.formats import read_tasks
 from posttrain.data.order import batches
 from posttrain.losses.advantage import group_normalised, has_spread
 from posttrain.losses.kl import k3
 from posttrain.losses.policy import Sampled, grpo
 from posttrain.losses.terms import LossSum, Mean
-from posttrain.methods.stage import Stage, StageResult, account, counts, fit_evaluation, fit_rows
+from posttrain.methods.prepared import Prepared, evaluation_rows, kept_rows, stage_result, training_rows
+from posttrain.methods.stage import Stage, StageResult
 from posttrain.models.policy import disable_dropout
 from posttrain.models.reference import Reference
 from posttrain.records import Branch, Sampling, Status, Task, Tree
 from posttrain.rewards import mix
-from posttrain.rewards.proof import prove, unproven
+from posttrain.rewards.proof import prove
 from posttrain.rollout.collect import Rollout, collect, figures, refuse_failures
 from posttrain.rollout.local import LocalEngine
 from posttrain.seeds import derive_seed
@@ -97,7 +97,7 @@ class GRPOObjective:
         )
         # How far trainer and sampler disagree on the sampled tokens; grows only with num_iterations > 1.
         mismatch = {"mismatch_k3": Mean.of(k3(scored.logp_N.detach(), old_N))}
-        return LossSum(loss.total, {**loss.metrics, **mismatch})
+        return LossSum(loss.total, loss.count, {**loss.metrics, **mismatch})
 
     def evaluate(self) -> Evaluation | None:
         """Greedy answers to the held-out prompts. An answer without a verdict counts 0: the denominator stays."""
@@ -163,15 +163,12 @@ class GRPOObjective:
 def run(stage: Stage, s: GRPOSettings) -> StageResult:
     disable_dropout(stage.policy.model)
     with mix.build(s.rewards) as rewards:
-        loaded = read_tasks(s.datasets, stage.resolve, require_answer=False)
-        ledger, rows = account(stage, loaded, s)
-        prompts = {task.id: stage.renderer.prompt_ids(task.prompt, task.id) for task in rows}
-        kept = fit_rows(stage, _with_room(prompts, s), ledger, s)
-        fitting = {tree.id for tree in kept}
-        tasks = [task for task in rows if task.id in fitting]
-        held_out, held_out_prompts = _held_out(stage, s)
-        for doubt in unproven(rewards, prove(rewards, [*tasks, *held_out])):
-            stage.reporter.line(f"{stage.name}: warning: {doubt}")
+        found = training_rows(stage, s, "task")
+        evaluation = evaluation_rows(stage, s, "task")
+        prompts, held_out_prompts = _by_id(found), _by_id(evaluation)
+        tasks = kept_rows(stage, s.datasets, found, prompts, "task")
+        held_out = kept_rows(stage, s.eval_datasets, evaluation, held_out_prompts, "task") if evaluation else []
+        prove(rewards, [*tasks, *held_out])
         n_rounds = math.ceil(s.max_steps / s.num_iterations) if s.max_steps else None
         objective = GRPOObjective(
             stage=stage,
@@ -190,23 +187,11 @@ def run(stage: Stage, s: GRPOSettings) -> StageResult:
         trained = train(stage.policy, objective, s, stage.place, stage.reporter)
     if objective.reference is not None:
         objective.reference.refuse_if_changed()
-    return StageResult(trained, loaded.sources, counts(ledger))
+    return stage_result(trained, found, evaluation)
 
 
-def _with_room(prompts: Mapping[str, tuple[int, ...]], s: GRPOSettings) -> list[Tree]:
-    """Prompts with the longest answer they may get, so that max_length counts both."""
-    room = Branch((0,) * s.max_completion_length, (True,) * s.max_completion_length)
-    return [Tree(i, prompt, (room,)) for i, prompt in prompts.items()]
-
-
-def _held_out(stage: Stage, s: GRPOSettings) -> tuple[list[Task], dict[str, tuple[int, ...]]]:
-    """The evaluation tasks that fit, and their prompts."""
-    if not s.eval_datasets:
-        return [], {}
-    loaded = read_tasks(s.eval_datasets, stage.resolve, require_answer=False)
-    prompts = {task.id: stage.renderer.prompt_ids(task.prompt, task.id) for task in loaded.rows}
-    fitting = {tree.id for tree in fit_evaluation(_with_room(prompts, s), loaded, s)}
-    return [task for task in loaded.rows if task.id in fitting], prompts
+def _by_id(found: Prepared | None) -> dict[str, tuple[int, ...]]:
+    return {tree.id: tree.trunk_ids for tree in found.trees} if found else {}
 
 
 def _group(rollout: Rollout, advantages: Sequence[float | None]) -> Item:

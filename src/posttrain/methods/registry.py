@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from posttrain.methods import dpo, grpo, sft
+from posttrain.methods import cpo, dpo, grpo, kto, orpo, sft, simpo
 from posttrain.methods.stage import Stage, StageResult
 
-METHODS: dict[str, Callable[..., StageResult]] = {"sft": sft.run, "dpo": dpo.run, "grpo": grpo.run}
+METHODS: dict[str, Callable[..., StageResult]] = {
+    "sft": sft.run,
+    "dpo": dpo.run,
+    "kto": kto.run,
+    "simpo": simpo.run,
+    "cpo": cpo.run,
+    "orpo": orpo.run,
+    "grpo": grpo.run,
+}
 
 __all__ = ["METHODS", "Stage", "StageResult"]

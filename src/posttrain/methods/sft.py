@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from posttrain.data.formats import read_examples
 from posttrain.data.order import batches
+from posttrain.data.store import Mapped
 from posttrain.losses.sft import nll
 from posttrain.losses.terms import LossSum, Mean, add_metrics
-from posttrain.methods.stage import Stage, StageResult, account, counts, fit_evaluation, fit_rows, refuse_unending
+from posttrain.methods.prepared import evaluation_rows, refuse_unending, stage_result, training_rows
+from posttrain.methods.stage import Stage, StageResult
 from posttrain.models.policy import Policy
 from posttrain.records import Tree
 from posttrain.settings import SFTSettings
@@ -70,20 +71,13 @@ class SFTObjective:
 
 
 def run(stage: Stage, s: SFTSettings) -> StageResult:
-    loaded = read_examples(s.datasets, stage.resolve)
-    ledger, rows = account(stage, loaded, s)
-    trees = fit_rows(stage, stage.renderer.examples(rows, s.train_on), ledger, s)
-    if any(row.text is None for row in rows):  # long plain text is often cut, and not there to teach stopping
-        refuse_unending(stage, trees)
-    held_out: list[Tree] = []
-    if s.eval_datasets:
-        evaluation = read_examples(s.eval_datasets, stage.resolve)
-        held_out = fit_evaluation(stage.renderer.examples(evaluation.rows, s.train_on), evaluation, s)
+    found = training_rows(stage, s, "example")
+    refuse_unending(stage, found)
+    evaluation = evaluation_rows(stage, s, "example")
+    trees, held_out = found.trees, evaluation.trees if evaluation else ()
     steps = batches(
         len(trees), s.per_device_train_batch_size, s.num_train_epochs, stage.place.seed, max_steps=s.max_steps
     )
-    objective = SFTObjective(
-        stage.policy, [Item(t) for t in trees], [Item(t) for t in held_out], steps, s.micro_batch_tokens
-    )
+    objective = SFTObjective(stage.policy, Mapped(Item, trees), Mapped(Item, held_out), steps, s.micro_batch_tokens)
     trained = train(stage.policy, objective, s, stage.place, stage.reporter)
-    return StageResult(trained, loaded.sources, counts(ledger))
+    return stage_result(trained, found, evaluation)

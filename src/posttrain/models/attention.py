@@ -8,6 +8,7 @@ asks it to attend. Training passes a `ForestAttention`; the sampler passes its o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -54,13 +55,22 @@ class ForestAttention:
     def attend(self, call: AttentionCall, q_THD: Tensor, k_ThD: Tensor, v_ThD: Tensor) -> Tensor:
         if self.keep_keys:
             self.kept[call.layer] = (k_ThD, v_ThD)
-        parts = []
-        for i, group in enumerate(self.batch.groups):
-            q = _rows(q_THD, group.query_index_RQ)
-            k, v = _rows(k_ThD, group.key_index_RK), _rows(v_ThD, group.key_index_RK)
-            out_RHQD = _attend_rows(call, q, k, v, self._mask(i, group, call.window))
-            parts.append(out_RHQD.transpose(1, 2).flatten(0, 1).index_select(0, group.valid_index))
-        return torch.cat(parts).index_select(0, self.batch.order_T)
+        batch = self.batch
+        queries = [g.query_index_RQ.shape for g in batch.groups]
+        keys = [g.key_index_RK.shape for g in batch.groups]
+        q, k, v = (
+            _rows(x, index, shapes)
+            for x, index, shapes in (
+                (q_THD, batch.query_index, queries),
+                (k_ThD, batch.key_index, keys),
+                (v_ThD, batch.key_index, keys),
+            )
+        )
+        parts = [
+            _attend_rows(call, q[i], k[i], v[i], self._mask(i, group, call.window)).transpose(1, 2).flatten(0, 1)
+            for i, group in enumerate(batch.groups)
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).index_select(0, batch.place_T)
 
     def _mask(self, index: int, group: AttentionGroup, window: int | None) -> Tensor | None:
         if window is not None and window >= group.key_index_RK.shape[1]:
@@ -73,10 +83,10 @@ class ForestAttention:
         return self._masks[key]
 
 
-def _rows(x_THD: Tensor, index_RL: Tensor) -> Tensor:
-    """Gather token rows: (T, H, D) → (R, H, L, D)."""
-    picked = x_THD.index_select(0, index_RL.flatten())
-    return picked.view(*index_RL.shape, *x_THD.shape[1:]).transpose(1, 2)
+def _rows(x_THD: Tensor, index: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Gather the token rows of all groups: (T, H, D) → (R, H, L, D) for each shape (R, L)."""
+    picked = x_THD.index_select(0, index).split([rows * length for rows, length in shapes])
+    return [part.view(*shape, *x_THD.shape[1:]).transpose(1, 2) for part, shape in zip(picked, shapes, strict=True)]
 
 
 def _attend_rows(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,10 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain.records import Tree
+
+Ints = NDArray[np.int64]
 
 # Rows join a group while they are at least this share of its longest: padding inside attention stays below it.
 MIN_FILL = 0.85
@@ -44,8 +48,8 @@ class AttentionGroup:
     query_index_RQ: Tensor
     key_index_RK: Tensor
     prefix_R: Tensor
+    valid_RQ: Tensor  # false where a query only pads its row
     plain_causal: bool  # no row has a prefix: the causal mask alone is right
-    valid_index: Tensor  # flat indices of the real (unpadded) queries in R×Q
 
     def mask(self, window: int | None) -> Tensor:
         """(R, 1, Q, K) bool: which keys a query may see; `window` is a sliding attention window in tokens."""
@@ -79,7 +83,9 @@ class ForestBatch:
     token_ids_T: Tensor
     position_ids_T: Tensor
     groups: tuple[AttentionGroup, ...]
-    order_T: Tensor  # concatenated group outputs → token order
+    query_index: Tensor  # of all groups, one after the other: one gather per layer instead of one per group
+    key_index: Tensor
+    place_T: Tensor  # where each token stands among all those queries
     table: LossTable
 
 
@@ -87,14 +93,16 @@ class _Row:
     """The token row under construction."""
 
     def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.positions: list[int] = []
+        self.n_tokens = 0
+        self.token_ids: list[Ints] = []
+        self.positions: list[Ints] = []
         self.attention: list[AttentionRow] = []
 
     def lay(self, ids: Sequence[int], depth: int) -> int:
-        start = len(self.token_ids)
-        self.token_ids.extend(ids)
-        self.positions.extend(range(depth, depth + len(ids)))
+        start = self.n_tokens
+        self.n_tokens += len(ids)
+        self.token_ids.append(np.array(ids, dtype=np.int64))
+        self.positions.append(np.arange(depth, depth + len(ids)))
         return start
 
     def attend(self, start: int, length: int, prefix_start: int = 0, prefix_length: int = 0) -> None:
@@ -107,7 +115,7 @@ def build_forest(
 ) -> ForestBatch:
     """Lay trees end to end. With `share_trunks=False` every branch gets its own copy of the trunk (the slow twin)."""
     row = _Row()
-    hidden_index: list[int] = []
+    hidden_index: list[Ints] = []
     for tree in trees:
         n_trunk = len(tree.trunk_ids)
         shared = share_trunks and len(tree.branches) != 1
@@ -122,29 +130,38 @@ def build_forest(
                 row.attend(start, len(branch.token_ids), trunk_start, n_trunk)
             else:
                 row.attend(trunk_start, n_trunk + len(branch.token_ids))
-            n_own = len(branch.token_ids)
-            before = (trunk_start + n_trunk - 1, *range(start, start + n_own))[:n_own]
-            hidden_index += [h for h, scored in zip(before, branch.scored, strict=True) if scored]
+            before = np.arange(start - 1, start - 1 + len(branch.token_ids))
+            before[:1] = trunk_start + n_trunk - 1
+            hidden_index.append(before[np.array(branch.scored, dtype=bool)])
     groups = tuple(_group(g, device) for g in _bucket(row.attention))
-    laid_T = torch.cat([g.query_index_RQ.flatten()[g.valid_index] for g in groups])
+    query_index = torch.cat([g.query_index_RQ.flatten() for g in groups])
+    real = torch.cat([g.valid_RQ.flatten() for g in groups]).nonzero().squeeze(1)
+    place_T = torch.empty_like(real)
+    place_T[query_index[real]] = real
     return ForestBatch(
-        token_ids_T=torch.tensor(row.token_ids, device=device),
-        position_ids_T=torch.tensor(row.positions, device=device),
+        token_ids_T=_joined(row.token_ids).to(device),
+        position_ids_T=_joined(row.positions).to(device),
         groups=groups,
-        order_T=torch.argsort(laid_T),
+        query_index=query_index,
+        key_index=torch.cat([g.key_index_RK.flatten() for g in groups]),
+        place_T=place_T,
         table=loss_table(trees, hidden_index, device),
     )
 
 
-def loss_table(trees: Sequence[Tree], hidden_index: Sequence[int], device: torch.device | str) -> LossTable:
-    """The table for `hidden_index`, which names a hidden state for every scored token in tree order."""
+def loss_table(trees: Sequence[Tree], hidden_index: Sequence[Ints], device: torch.device | str) -> LossTable:
+    """The table for `hidden_index`: per branch, in tree order, the hidden state for each of its scored tokens."""
     branches = [b for t in trees for b in t.branches]
     if unpredicted := [t.id for t in trees for b in t.branches if not t.trunk_ids and b.scored[:1] == (True,)]:
         raise ValueError(f"{unpredicted[0]}: the first token of a tree without a trunk has nothing to predict it")
-    targets = [i for b in branches for i, scored in zip(b.token_ids, b.scored, strict=True) if scored]
-    branch_of = [n for n, b in enumerate(branches) for scored in b.scored if scored]
-    columns = [torch.tensor(c, dtype=torch.long, device=device) for c in (hidden_index, targets, branch_of)]
-    return LossTable(columns[0], columns[1], columns[2], len(branches))
+    targets = [np.array(b.token_ids, dtype=np.int64)[np.array(b.scored, dtype=bool)] for b in branches]
+    branch_of = np.repeat(np.arange(len(branches)), [len(part) for part in targets])
+    hidden_N, target_N = (_joined(parts).to(device) for parts in (hidden_index, targets))
+    return LossTable(hidden_N, target_N, torch.from_numpy(branch_of).to(device), len(branches))
+
+
+def _joined(parts: Sequence[Ints]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
 
 
 def _bucket(rows: list[AttentionRow]) -> Iterator[list[AttentionRow]]:
@@ -183,6 +200,6 @@ def _group(rows: list[AttentionRow], device: torch.device | str) -> AttentionGro
         query_index_RQ=query_index_RQ.to(device),
         key_index_RK=key_index_RK.to(device),
         prefix_R=prefix.to(device),
+        valid_RQ=valid_RQ.to(device),
         plain_causal=not bool(prefix.any()),
-        valid_index=valid_RQ.flatten().nonzero().squeeze(1).to(device),
     )

@@ -57,18 +57,32 @@ def head_of(model: nn.Module) -> Head:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """logp_N carries gradients; entropy_N (nats, of the distribution at that position) does not."""
+    """logp_N carries gradients; entropy_N (nats, of the distribution at that position) does not. Nor does
+    log_collision_N = log Σ_v p_v², which is there when it was asked for."""
 
     logp_N: Tensor
     entropy_N: Tensor
+    log_collision_N: Tensor | None = None
 
 
-def score(hidden_ND: Tensor, target_N: Tensor, head: Head, *, temperature: float = 1.0) -> Scored:
+def score(
+    hidden_ND: Tensor, target_N: Tensor, head: Head, *, temperature: float = 1.0, collision: bool = False
+) -> Scored:
     """Log-probability and entropy of each target under softmax(logits / temperature)."""
     logp_N, entropy_N = _Score.apply(
         hidden_ND, head.weight_VD, head.bias_V, target_N, head.softcap, head.scale, temperature
     )
-    return Scored(logp_N, entropy_N)
+    return Scored(logp_N, entropy_N, log_collision(hidden_ND, head, temperature) if collision else None)
+
+
+@torch.no_grad()
+def log_collision(hidden_ND: Tensor, head: Head, temperature: float = 1.0) -> Tensor:
+    """(N,) log Σ_v p_v²: how likely two draws agree. One more vocabulary product, so only where it is asked for."""
+    found_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=_wide(hidden_ND))
+    for tile in _tiles(hidden_ND.shape[0], head.weight_VD.shape[0], hidden_ND.device):
+        logit_RV = head.logits(hidden_ND[tile], temperature)
+        found_N[tile] = (2.0 * logit_RV).logsumexp(-1) - 2.0 * logit_RV.logsumexp(-1)
+    return found_N
 
 
 def _on(device: torch.device, limit: dict[str, int]) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
+from typing import Any
+
+from posttrain.errors import ModelError
+from posttrain.network import go_offline_if_unreachable
 
 
 def hush() -> None:
@@ -30,12 +31,21 @@ def hush() -> None:
 
 def reach(source: str) -> None:
     """Before a Hub name is looked up: without a network only the cache is asked, instead of a minute of retries."""
-    import huggingface_hub.constants as hub
-
     hush()
-    if Path(source).is_dir() or hub.HF_HUB_OFFLINE or "https" in getproxies():
-        return
+    if not Path(source).is_dir():
+        go_offline_if_unreachable()
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a model folder or Hub name, without its weights."""
+    reach(source)
+    from transformers import AutoTokenizer
+
     try:
-        socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, 443)
-    except OSError:
-        hub.HF_HUB_OFFLINE = True
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as fault:
+        said = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        raise ModelError(
+            f"model {source!r} has no tokenizer that can be loaded: {said.rstrip('.')}.",
+            remedy="Give a model folder, a Hub name you have access to, or builtin:tiny-base.",
+        ) from fault

@@ -13,8 +13,11 @@ import torch
 from posttrain.errors import DoesNotFit, ModelError
 from posttrain.models import hub
 from posttrain.models.attention import IMPLEMENTATION, ForestUnsupported
+from posttrain.models.memory import is_out_of_memory, must_fit
+from posttrain.models.merge import MERGE_BOUND, merged_state, save_adapter
 from posttrain.models.padded import build_padded
 from posttrain.models.policy import Policy, stock_attention
+from posttrain.models.quantised import hold_still, quantisation, refuse_misread, refuse_unquantised, shell
 from posttrain.records import Branch, Tree
 
 # Largest log-probability difference between forest and padded rows on random tokens that passes the probe.
@@ -26,8 +29,11 @@ class LoadOptions:
     dtype: str = "auto"  # auto | float32 | bfloat16
     forest: str = "auto"  # auto | on | off
     frozen_base: bool = False  # an adapter trains, or nothing does: the base may live in the compute type
+    quantised: bool = False  # linear layers in 4 bits, frozen
     gradient_checkpointing: bool = False
 
+
+SMALLER_MODEL = "Use a smaller model, or adapter: qlora."
 
 DEFAULT_OPTIONS = LoadOptions()
 
@@ -41,21 +47,26 @@ def load_policy(source: str, options: LoadOptions = DEFAULT_OPTIONS) -> Policy:
     compute = _compute_type(options.dtype, device)
     kept = compute if options.frozen_base else torch.float32
     _refuse_missing(source)
+    quantised = {"quantization_config": quantisation(compute)} if options.quantised else {}
     hub.reach(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, found = AutoModelForCausalLM.from_pretrained(
-            source, dtype=kept, output_loading_info=True, ignore_mismatched_sizes=True
+            source, dtype=kept, output_loading_info=True, ignore_mismatched_sizes=True, **quantised
         )
         model.to(device).eval()
-    except torch.OutOfMemoryError as e:
-        raise DoesNotFit(f"{source} does not fit into this device's memory.", remedy="Use a smaller model.") from e
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as e:
+        if is_out_of_memory(e):
+            raise DoesNotFit(f"{source} does not fit into this device's memory.", remedy=SMALLER_MODEL) from e
         raise ModelError(
             f"model {source!r} cannot be loaded: {_first_line(e).rstrip('.')}.",
             remedy="Give a model folder, a Hub name you have access to, or builtin:tiny-base.",
         ) from e
     _refuse_invented_weights(source, found)
+    if options.quantised:
+        refuse_unquantised(model)
+        hold_still(model)
+        refuse_misread(model)
     model.config.use_cache = False
     policy = Policy(model, tokenizer, autocast=compute if compute != kept else None)
     if unused := sorted(found["unexpected_keys"]):
@@ -67,8 +78,17 @@ def load_policy(source: str, options: LoadOptions = DEFAULT_OPTIONS) -> Policy:
                 f"gradient_checkpointing: true, but {model.config.model_type} cannot.",
                 remedy="Remove it; a smaller micro_batch_tokens also saves memory.",
             )
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
     return policy
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """transformers 6 keeps only the newer name."""
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 def _compute_type(dtype: str, device: torch.device) -> torch.dtype:
@@ -113,7 +133,8 @@ def choose_layout(policy: Policy, forest: str) -> None:
     if forest == "off":
         policy.layout = "padded"
         return
-    reason = probe_forest(policy)
+    with must_fit("comparing forest and padded rows", SMALLER_MODEL):
+        reason = probe_forest(policy)
     if reason is None:
         policy.layout = "forest"
         return
@@ -149,12 +170,17 @@ def refuse_other_head(policy: Policy) -> None:
 @torch.no_grad()
 def probe_forest(policy: Policy) -> str | None:
     """None when forest and padded rows agree on random tokens; else why not. Leaves the forest attention on."""
+    # Chunks longer than the probe would not show in it.
+    if chunk := getattr(policy.model.config.get_text_config(), "attention_chunk_size", None):
+        return f"it attends in chunks of {chunk} tokens"
     trees = _probe_trees(policy.model.config.vocab_size)
     try:
         policy.model.set_attn_implementation(IMPLEMENTATION)
         policy.layout = "forest"
         forest, _ = policy.score(trees)
     except (ForestUnsupported, ValueError, TypeError, AttributeError, RuntimeError, LookupError) as e:
+        if is_out_of_memory(e):
+            raise
         return _first_line(e)
     policy.layout = "padded"
     with stock_attention(policy.model):
@@ -176,51 +202,30 @@ def _probe_trees(vocabulary: int) -> list[Tree]:
     return [Tree("probe-group", ids(9), branches(5, 3, 7)), Tree("probe-single", ids(4), branches(6))]
 
 
-def save_policy(policy: Policy, directory: Path, *, stop_token_ids: tuple[int, ...]) -> None:
-    """Write weights, config, tokenizer and template. An adapter is written merged at the root and alone in adapter/."""
+@torch.no_grad()
+def probe_logps(policy: Policy) -> torch.Tensor:
+    """Log-probs of random tokens: the same ones for every model of the same vocabulary."""
+    return policy.score(_probe_trees(policy.model.config.vocab_size))[0].logp_N
+
+
+def save_policy(policy: Policy, directory: Path, *, stop_token_ids: tuple[int, ...], base: str = "") -> None:
+    """Write weights, config, tokenizer and template. An adapter is written merged at the root and alone in adapter/,
+    where `base` names the model it belongs to."""
+    save_merged(policy, directory, stop_token_ids=stop_token_ids)
+    if policy.adapter is not None:
+        save_adapter(policy, directory / "adapter", base)
+
+
+def save_merged(policy: Policy, directory: Path, *, stop_token_ids: tuple[int, ...]) -> None:
+    """The model as any loader opens it; an adapter is in its weights."""
     model = policy.model
     state = merged_state(policy)
     model.generation_config.eos_token_id = list(stop_token_ids)
     model.generation_config.pad_token_id = model.generation_config.pad_token_id or policy.tokenizer.pad_token_id
     model.config.use_cache = True
-    model.save_pretrained(directory, state_dict=state)
+    shell(model).save_pretrained(directory, state_dict=state)
     model.config.use_cache = False
     policy.tokenizer.save_pretrained(directory)
-    if policy.adapter is not None:
-        policy.adapter.save_pretrained(directory / "adapter")
-
-
-def merged_state(policy: Policy) -> dict[str, torch.Tensor]:
-    """Weights under their stock names; adapters are merged into a float32 copy, never in place."""
-    if policy.adapter is None:
-        return dict(policy.model.state_dict())
-    merged: dict[str, torch.Tensor] = {}
-    deltas = _adapter_deltas(policy.model)
-    for name, tensor in policy.model.state_dict().items():
-        if ".lora_" in name:
-            continue
-        stock = name.replace(".base_layer.", ".")
-        delta = deltas.get(stock.removesuffix(".weight"))
-        merged[stock] = (
-            tensor
-            if delta is None or not stock.endswith(".weight")
-            else (tensor.float() + delta.float()).to(tensor.dtype)
-        )
-    return merged
-
-
-def _adapter_deltas(model: Any) -> dict[str, torch.Tensor]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return {
-        name: module.get_delta_weight(module.active_adapters[0])
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    }
-
-
-# The saved model may differ from the trained one by rounding: an adapter's product is added to the weights.
-SAVED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 
 
 @torch.no_grad()
@@ -231,10 +236,8 @@ def saved_differs(policy: Policy, directory: Path, dtype: str = "auto") -> str |
     """
     options = LoadOptions(dtype, forest="off", frozen_base=policy.model.dtype != torch.float32)
     saved = load_policy(str(directory), options)
-    trees = _probe_trees(policy.model.config.vocab_size)
-    ours, theirs = policy.score(trees)[0].logp_N, saved.score(trees)[0].logp_N
-    gap = float((ours - theirs).abs().max())
-    tolerance = SAVED_TOLERANCE[policy.autocast or policy.model.dtype]
+    gap = float((probe_logps(policy) - probe_logps(saved)).abs().max())
+    tolerance = MERGE_BOUND[policy.autocast or policy.model.dtype]
     return None if gap <= tolerance else f"its log-probs differ by {gap:.2g}, more than {tolerance:g}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,11 +29,11 @@ def build_padded(trees: Sequence[Tree], device: torch.device | str = "cpu") -> P
     longest = max(len(trunk) + len(b.token_ids) for trunk, b in rows)
     token_ids_BL = torch.zeros(len(rows), longest, dtype=torch.long)
     mask_BL = torch.zeros_like(token_ids_BL)
-    hidden_index: list[int] = []
+    hidden_index = []
     for i, (trunk, branch) in enumerate(rows):
         ids = (*trunk, *branch.token_ids)
         token_ids_BL[i, : len(ids)] = torch.tensor(ids)
         mask_BL[i, : len(ids)] = 1
         before = i * longest + len(trunk) - 1
-        hidden_index += [before + j for j, scored in enumerate(branch.scored) if scored]
+        hidden_index.append(before + np.flatnonzero(np.array(branch.scored, dtype=bool)))
     return PaddedBatch(token_ids_BL.to(device), mask_BL.to(device), loss_table(trees, hidden_index, device))

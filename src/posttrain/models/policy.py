@@ -5,7 +5,7 @@ Axes: T tokens, D width, N scored positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,12 +28,21 @@ class Policy:
     tokenizer: Any
     layout: str = "forest"  # forest | padded
     adapter: Any = None
+    # What trained at its start, where that was taken out of the base weights (PiSSA, OLoRA): without the adapter those
+    # are not the model the stage began with.
+    adapter_start: dict[str, Tensor] = field(default_factory=dict)
     autocast: torch.dtype | None = None  # compute type when it differs from the weights'
     notes: list[str] = field(default_factory=list)  # what the user must be told about this model
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def decoder(self) -> Any:
+        """The model without its output layer."""
+        base = self.model.base_model  # some architectures do not name theirs, and return themselves
+        return base if base is not self.model else self.model.model
 
     @property
     def head(self) -> Head:
@@ -56,27 +65,44 @@ class Policy:
         if isinstance(batch, ForestBatch):
             return self.hidden_forest(batch.token_ids_T, batch.position_ids_T, ForestAttention(batch))
         with self.compute(), stock_attention(self.model):
-            out = self.model.base_model(input_ids=batch.token_ids_BL, attention_mask=batch.mask_BL, use_cache=False)
+            out = self.decoder(input_ids=batch.token_ids_BL, attention_mask=batch.mask_BL, use_cache=False)
         return out.last_hidden_state.flatten(0, 1)
 
     def hidden_forest(self, token_ids_T: Tensor, position_ids_T: Tensor, forest: Attends) -> Tensor:
         with self.compute():
-            out = self.model.base_model(
+            out = self.decoder(
                 input_ids=token_ids_T[None], position_ids=position_ids_T[None], use_cache=False, forest=forest
             )
         return out.last_hidden_state[0]
 
-    def score(self, trees: Sequence[Tree], *, temperature: float = 1.0) -> tuple[Scored, LossTable]:
-        """Log-probabilities of every scored token of the trees, in tree order."""
+    def score(
+        self, trees: Sequence[Tree], *, temperature: float = 1.0, collision: bool = False
+    ) -> tuple[Scored, LossTable]:
+        """Log-probabilities of every scored token of the trees, in tree order; `collision` adds log Σ p² there."""
         batch = self.batch(trees)
         hidden_ND = self.hidden(batch).index_select(0, batch.table.hidden_index_N)
-        return score(hidden_ND, batch.table.target_N, self.head, temperature=temperature), batch.table
+        found = score(hidden_ND, batch.table.target_N, self.head, temperature=temperature, collision=collision)
+        return found, batch.table
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
+        """The model as the adapter found it: switched off; where it took its start out of the weights, as it began."""
         assert self.adapter is not None, "only a model with an adapter can switch it off"
-        with self.adapter.disable_adapter():
+        if not self.adapter_start:
+            with self.adapter.disable_adapter():
+                yield
+            return
+        trained = {name: p.data for name, p in self.trainable().items()}
+        try:
+            self._point_at(self.adapter_start)
             yield
+        finally:
+            self._point_at(trained)
+
+    def _point_at(self, values: Mapping[str, Tensor]) -> None:
+        """Exchanges storage and copies nothing: a graph that waits for its backward pass stays valid."""
+        for name, p in self.trainable().items():
+            p.data = values[name]
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """The frozen model that ratios are measured against: the adapter switched off, or a copy of the weights passed in.
 
-Never the policy itself, never a model re-loaded by name, and its weights' checksum is the same at the end.
+Never the policy while it trains, never a model re-loaded by name, and its weights' checksum is the same at the end.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,12 +18,26 @@ from posttrain.records import Tree
 
 
 class Reference:
-    """Take it before the first optimiser step and before any checkpoint is restored into the policy."""
+    """Take it before the first optimiser step and before any checkpoint is restored into the policy.
 
-    def __init__(self, policy: Policy) -> None:
+    `still`: it is asked only while nothing trains `policy` (training has not begun, or the model was loaded to be
+    asked), so it needs no copy; asked after that, it would answer for other weights.
+    """
+
+    def __init__(self, policy: Policy, *, still: bool = False) -> None:
         self._shared = policy.adapter is not None
-        self._policy = policy if self._shared else _frozen_copy(policy)
+        self._policy = policy if self._shared or still else _frozen_copy(policy)
         self._fingerprint = self._weights()
+
+    @property
+    def shared(self) -> bool:
+        """It is the policy with its adapter switched off."""
+        return self._shared
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the weights that answer."""
+        return self._fingerprint
 
     @torch.no_grad()
     def logps(self, trees: Sequence[Tree], *, temperature: float = 1.0) -> tuple[Tensor, LossTable]:
@@ -34,6 +48,27 @@ class Reference:
         with self._policy.adapter_off():
             scored, table = self._policy.score(trees, temperature=temperature)
         return scored.logp_N, table
+
+    @torch.no_grad()
+    def move(self, policy: Policy, alpha: float) -> None:
+        """(1 − α) reference + α policy, the one change a reference may undergo (Gorbatovski et al. 2024, TR-DPO)."""
+        assert not self._shared, "an adapter's reference is its base, which others share"
+        assert self._policy is not policy, "a reference without weights of its own cannot move"
+        ours, theirs = self._policy.model.state_dict(), policy.model.state_dict()
+        for name, tensor in ours.items():
+            if tensor.is_floating_point():
+                tensor.lerp_(theirs[name].to(tensor.dtype), alpha)
+            else:
+                tensor.copy_(theirs[name])
+        self._fingerprint = self._weights()
+
+    def state(self) -> dict[str, Tensor]:
+        """Its weights, for a reference that moves."""
+        return dict(self._policy.model.state_dict())
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._policy.model.load_state_dict(state)
+        self._fingerprint = self._weights()
 
     def refuse_if_changed(self) -> None:
         """A reference that moved makes every logged margin and KL a lie."""

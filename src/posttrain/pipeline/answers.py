@@ -15,6 +15,7 @@ from posttrain.gate.answer import answer_suite, read_answers, write_answers
 from posttrain.gate.suites import ItemResult, Suite
 from posttrain.models.load import LoadOptions, load_policy
 from posttrain.models.policy import Policy
+from posttrain.registry.artefact import refuse_other_template
 from posttrain.reporting import Reporter
 
 
@@ -34,7 +35,9 @@ class Answers:
         if path.exists():
             return read_answers(path)
         policy = load_policy(source, replace(options, gradient_checkpointing=False))
-        return self.of_loaded(policy, Renderer(policy.tokenizer, self.template), weights, label)
+        renderer = Renderer(policy.tokenizer, self.template)
+        refuse_other_template(Path(source), renderer.fingerprint)
+        return self.of_loaded(policy, renderer, weights, label)
 
     def of_loaded(self, policy: Policy, renderer: Renderer, weights: str, label: str) -> list[ItemResult]:
         path = self._path(weights)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from posttrain.errors import GateRefused, PosttrainError
 from posttrain.gate.ahead import prove_scores, read_ahead
+from posttrain.models.quantised import NOT_QLORA, QLORA, bitsandbytes
 from posttrain.pipeline.identity import Parent, base_parent, template_of
 from posttrain.pipeline.stage import Run, StageOutcome, run_stage
 from posttrain.recipe import Recipe, Stage, diff
@@ -18,6 +19,7 @@ from posttrain.registry.files import ensure_home, only_one, sweep, write_json_at
 from posttrain.registry.store import ModelStore
 from posttrain.reporting import Reporter
 from posttrain.settings import Retry, RetryPolicy
+from posttrain.train.optim import optimizer_class
 
 OnOutcome = Callable[[StageOutcome], None]
 
@@ -39,6 +41,7 @@ def run(recipe: Recipe, home: Path, reporter: Reporter, on_outcome: OnOutcome | 
     started = time.monotonic()
     home = ensure_home(home)
     sweep(home)
+    refuse_unavailable(recipe)
     suites = read_ahead(recipe)
     for doubt in prove_scores(suites):
         reporter.line(f"warning: {doubt}")
@@ -61,6 +64,18 @@ def run(recipe: Recipe, home: Path, reporter: Reporter, on_outcome: OnOutcome | 
         champion_version=champion.version if champion else None,
         seconds=time.monotonic() - started,
     )
+
+
+def refuse_unavailable(recipe: Recipe) -> None:
+    """What a later stage asks of this machine is refused before the first one trains."""
+    for stage in recipe.stages:
+        try:
+            optimizer_class(stage.settings)
+            if stage.settings.adapter == "qlora":
+                bitsandbytes(QLORA, NOT_QLORA)
+        except PosttrainError as e:
+            e.locate(stage.key)
+            raise
 
 
 def _tell_changes(r: Run) -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain import paths
-from posttrain.errors import DataError, RecipeError
-from posttrain.gate.suites import Suite
+from posttrain.data.sources import content_hash
+from posttrain.errors import DataError, PosttrainError, RecipeError
+from posttrain.gate.suites import Suite, is_suite, load_suite
 from posttrain.models.hub import reach
 from posttrain.recipe import Recipe, Stage, fingerprint
 from posttrain.records import ArtefactRef
@@ -16,6 +17,7 @@ from posttrain.registry.artefact import is_artefact, load_ref
 from posttrain.registry.manifest import BaseRef
 from posttrain.registry.store import ModelStore, lineage_of
 from posttrain.seeds import derive_seed
+from posttrain.settings import TEACHES_ANSWERS
 
 # Files of a base model that decide what it says: weights, shape, tokenizer and template.
 MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "tokenizer*", "special_tokens_map.json", "*.jinja", "vocab*",
@@ -24,11 +26,13 @@ MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "tokenizer*", "special_t
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """The model a stage starts from. `source` is what loads it."""
+    """The model a stage starts from. `source` is what loads it; `sft` the last model of its history that came out of
+    SFT, None where that is this one (or the base, where the recipe says that it needs none)."""
 
     source: str
     ref: ArtefactRef | BaseRef
     had_sft: bool
+    sft: Parent | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -41,16 +45,36 @@ def base_parent(recipe: Recipe, home: Path) -> Parent:
     Of another model the first stage says it, with allow_without_sft; the stages after it need not say it again.
     """
     declared = getattr(recipe.stages[0].settings, "allow_without_sft", False)
-    source = model_source(recipe, home)
+    source = model_source(recipe.model, recipe, home)
     if not is_artefact(Path(source)):
         return Parent(source, BaseRef(recipe.model, base_hash(source)), had_sft=declared)
-    had_sft = declared or any(ancestor.method == "sft" for ancestor in lineage_of(Path(source)))
-    return Parent(source, load_ref(Path(source)), had_sft)
+    lineage = lineage_of(Path(source))
+    taught = next((ancestor for ancestor in lineage if ancestor.method in TEACHES_ANSWERS), None)
+    earlier = taught is not None and taught is not lineage[0]
+    sft = Parent(taught.path, load_ref(Path(taught.path)), had_sft=True) if taught and earlier else None
+    return Parent(source, load_ref(Path(source)), declared or taught is not None, sft)
 
 
-def model_source(recipe: Recipe, home: Path) -> str:
-    """What loads the recipe's model: a packaged folder, a folder beside the recipe, a registered name, a Hub name."""
-    name = recipe.model
+def reference_of(recipe: Recipe, stage: Stage, parent: Parent, home: Path) -> Parent:
+    """The model this stage measures against: its parent, unless it is a preference stage and its recipe or history
+    says otherwise."""
+    name = getattr(stage.settings, "reference", "parent")
+    if name == "parent":
+        return parent
+    if name == "sft":
+        return parent.sft or parent
+    try:
+        source = model_source(name, recipe, home)
+        ref = load_ref(Path(source)) if is_artefact(Path(source)) else BaseRef(name, base_hash(source))
+    except PosttrainError as e:
+        e.locate(f"{recipe.path}: {stage.key}.reference")
+        raise
+    found = Parent(source, ref, had_sft=True)
+    return parent if found.fingerprint == parent.fingerprint else found
+
+
+def model_source(name: str, recipe: Recipe, home: Path) -> str:
+    """What loads the model `name`: a packaged folder, a folder beside the recipe, a registered name, a Hub name."""
     if name.startswith(paths.BUILTIN):
         return str(recipe.resolve(name))
     if name.startswith(("/", ".", "~")) or (recipe.path.parent / name).is_dir():
@@ -103,19 +127,34 @@ def stage_seed(recipe: Recipe, stage: Stage, attempt: int) -> int:
 
 
 def stage_fingerprint(
-    recipe: Recipe, stage: Stage, parent: Parent, suite: Suite | None, template: str | None, seed: int
+    recipe: Recipe,
+    stage: Stage,
+    parent: Parent,
+    suite: Suite | None,
+    template: str | None,
+    seed: int,
+    reference: Parent | None = None,
 ) -> str:
     """What the stage makes. What its gate asks of the result is not part of it; the gate's items are, because
     training rows are compared with them."""
     s = stage.settings
+    another = {} if reference in (None, parent) else {"reference": reference.fingerprint}
     return fingerprint(
-        {
+        another
+        | {
             "method": stage.method,
             "settings": {key: value for key, value in stage.as_dict().items() if key != "gate"},
             "parent": parent.fingerprint,
-            "data": [file_hash(recipe.resolve(d.path)) for d in [*s.datasets, *s.eval_datasets]],
+            "data": [content_hash(d, recipe.resolve) for d in [*s.datasets, *s.eval_datasets]],
+            "against": [_evaluation_hash(recipe, name) for name in s.decontaminate.against],
             "suite": suite.fingerprint if suite else None,
             "template": template,
             "seed": seed,
         }
     )
+
+
+def _evaluation_hash(recipe: Recipe, name: str) -> str:
+    """A suite by its meaning, since its file only names the items; any other evaluation set by its bytes."""
+    path = recipe.resolve(name)
+    return load_suite(path, recipe.resolve).fingerprint if is_suite(path) else file_hash(path)

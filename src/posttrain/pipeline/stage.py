@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from posttrain.data.ledger import ROWS, Counts
 from posttrain.data.render import Renderer
 from posttrain.errors import ArtefactError, DataError, RecipeError, TrainingStopped
 from posttrain.gate.answer import write_answers
 from posttrain.gate.decide import judge, same_question
 from posttrain.gate.report import line as gate_line
 from posttrain.gate.suites import Suite
+from posttrain.methods.prepared import EVALUATION_ROWS
 from posttrain.methods.registry import METHODS, StageResult
 from posttrain.methods.registry import Stage as MethodStage
-from posttrain.methods.stage import prompt_text
 from posttrain.models.adapters import add_lora
 from posttrain.models.load import LoadOptions, load_policy, save_policy, saved_differs, weights_fingerprint
 from posttrain.models.policy import Policy
 from posttrain.pipeline.answers import Answers
-from posttrain.pipeline.identity import Parent, stage_fingerprint, stage_seed
+from posttrain.pipeline.held_out import held_out
+from posttrain.pipeline.identity import Parent, reference_of, stage_fingerprint, stage_seed
 from posttrain.recipe import Recipe, Stage, fingerprint
 from posttrain.records import ArtefactRef, GateReport
 from posttrain.registry.artefact import attach_gate, load_ref, save_artefact
 from posttrain.registry.files import writing
-from posttrain.registry.manifest import DataFile, Manifest, current_versions, now_utc, read_manifest
+from posttrain.registry.manifest import DataFile, Manifest, SourceRows, current_versions, now_utc, read_manifest
 from posttrain.registry.store import CANDIDATE, ModelStore
 from posttrain.reporting import Reporter, duration
 from posttrain.seeds import derive_seed
-from posttrain.settings import StageSettings
+from posttrain.settings import TEACHES_ANSWERS, StageSettings
 from posttrain.train.loop import Place
 from posttrain.train.metrics import read_metrics
 
@@ -73,6 +76,7 @@ class StageRun:
     suite: Suite | None
     seed: int
     meaning: str
+    reference: Parent  # what log-ratios are measured against; most often the parent
 
     @property
     def key(self) -> str:
@@ -97,7 +101,8 @@ class StageRun:
     @property
     def options(self) -> LoadOptions:
         s = self.settings
-        return LoadOptions(s.dtype, s.forest, s.adapter != "none", s.gradient_checkpointing)
+        frozen = s.adapter != "none" and not s.lora.modules_to_save
+        return LoadOptions(s.dtype, s.forest, frozen, gradient_checkpointing=s.gradient_checkpointing)
 
     def say(self, text: str) -> None:
         self.run.reporter.line(f"{self.key}: {text}")
@@ -112,8 +117,9 @@ def run_stage(r: Run, stage: Stage, parent: Parent, attempt: int) -> tuple[Stage
     started = time.monotonic()
     suite = r.suites.get(stage.key)
     seed = stage_seed(r.recipe, stage, attempt)
-    meaning = stage_fingerprint(r.recipe, stage, parent, suite, r.template, seed)
-    sr = StageRun(r, stage, parent, suite, seed, meaning)
+    reference = reference_of(r.recipe, stage, parent, r.home)
+    meaning = stage_fingerprint(r.recipe, stage, parent, suite, r.template, seed, reference)
+    sr = StageRun(r, stage, parent, suite, seed, meaning, reference)
     if sr.artefact.exists():
         sr.say(f"finished before, as {sr.version}")
     else:
@@ -123,8 +129,9 @@ def run_stage(r: Run, stage: Stage, parent: Parent, attempt: int) -> tuple[Stage
     version = _register(sr, ref, report)
     accepted = report is None or report.passed
     outcome = StageOutcome(stage.key, ref, report, accepted, version, time.monotonic() - started)
-    had_sft = parent.had_sft or (accepted and stage.method == "sft")
-    return outcome, Parent(str(sr.artefact), ref, had_sft)
+    taught = stage.method in TEACHES_ANSWERS
+    had_sft = parent.had_sft or (accepted and taught)
+    return outcome, Parent(str(sr.artefact), ref, had_sft, None if taught else parent.sft or parent)
 
 
 def _refuse_without_sft(stage: Stage, parent: Parent) -> None:
@@ -142,26 +149,50 @@ def _train_and_save(sr: StageRun) -> None:
     with writing(sr.place.directory):
         sr.place.directory.mkdir(parents=True, exist_ok=True)
     sr.say(f"starts from {sr.parent.ref}")
-    policy = load_policy(sr.parent.source, sr.options)
+    policy = load_policy(sr.parent.source, replace(sr.options, quantised=s.adapter == "qlora"))
     renderer = _renderer(sr, policy)
     _refuse_other_template(sr.parent, renderer)
     for note in policy.notes:
         sr.say(note)
-    started_from = weights_fingerprint(policy)
-    if sr.suite is not None:  # while the parent is loaded; its answers are needed for the verdict
+    # While the parent is loaded, and not in 4 bits: the verdict needs its answers.
+    if sr.suite is not None and s.adapter != "qlora":
         sr.answers(sr.suite).of_loaded(policy, renderer, sr.parent.fingerprint, str(sr.parent.ref))
-    if s.adapter == "lora":
-        add_lora(policy, s.lora, seed=derive_seed(sr.seed, "adapter"))
-    held_out = [(item.id, prompt_text(item.prompt)) for item in sr.suite.items] if sr.suite else []
-    method = MethodStage(policy, renderer, sr.run.recipe.resolve, sr.place, sr.run.reporter, held_out)
+    if s.adapter != "none":
+        for line in add_lora(policy, s.lora, seed=derive_seed(sr.seed, "adapter"), kind=s.adapter).lines():
+            sr.say(line)
+    started_from = weights_fingerprint(policy, merged=True)
+    recipe = sr.run.recipe
+    method = MethodStage(
+        policy,
+        renderer,
+        recipe.resolve,
+        sr.place,
+        sr.run.reporter,
+        held_out(recipe, s, sr.suite),
+        reference=_reference_loader(sr),
+        home=sr.run.home,
+    )
     result = METHODS[sr.stage.method](method, s)
 
     def save(directory: Path) -> None:
-        save_policy(policy, directory, stop_token_ids=renderer.stop_token_ids)
+        save_policy(policy, directory, stop_token_ids=renderer.stop_token_ids, base=str(sr.parent.ref))
+        for ledger in filter(Path.exists, (sr.place.directory / ROWS, sr.place.directory / EVALUATION_ROWS)):
+            shutil.copyfile(ledger, directory / ledger.name)
         _prove_saved(sr, policy, directory, started_from)
 
     save_artefact(sr.artefact, _manifest(sr, renderer, result), save, sr.place.metrics)
     sr.say(f"{result.trained.steps} steps in {duration(result.trained.seconds)}, saved as {sr.version}")
+
+
+def _reference_loader(sr: StageRun) -> Callable[[], Policy] | None:
+    """Loads the model the stage measures against; None where that is the one it starts from."""
+    reference = sr.reference
+    if hasattr(sr.settings, "reference"):
+        sr.say(f"log-ratios are measured against {reference.ref}")
+    if reference is sr.parent:
+        return None
+    options = LoadOptions(sr.settings.dtype, sr.settings.forest, frozen_base=True)
+    return lambda: load_policy(reference.source, options)
 
 
 def _renderer(sr: StageRun, policy: Policy) -> Renderer:
@@ -213,13 +244,20 @@ def _manifest(sr: StageRun, renderer: Renderer, result: StageResult) -> Manifest
         settings=sr.stage.as_dict(),
         seed=sr.seed,
         data={source.path: DataFile(source.sha256, source.n_read) for source in result.sources},
-        ledger=result.ledger,
+        ledger=result.rows.buckets,
+        rows=_by_source(result.rows),
+        evaluated=_by_source(result.evaluated),
         template_fingerprint=renderer.fingerprint,
         stop_token_ids=renderer.stop_token_ids,
         versions=current_versions(),
         metrics=timeless,
         created=now_utc(),
     )
+
+
+def _by_source(counts: Counts | None) -> dict[str, SourceRows]:
+    sources = counts.sources.items() if counts else ()
+    return {label: SourceRows(source.buckets, source.supervised_tokens) for label, source in sources}
 
 
 def _verdict(sr: StageRun, ref: ArtefactRef) -> GateReport | None:

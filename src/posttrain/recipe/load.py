@@ -178,12 +178,15 @@ def _check_rules(reading: _Reading, views: Sequence[StageView | None]) -> None:
 def _check_files(reading: _Reading, base: Path) -> None:
     """Every file the recipe names must be there, also in sections that have other faults."""
     for at, value, wants_file in _named_files(reading.document.data):
+        if at[-1] == "path" and paths.may_be_on_hub(value) and not (base / value).parent.is_dir():
+            continue  # a data set of the Hub; nothing is looked up there before the run
         try:
             found = paths.resolve(value, base)
         except RecipeError as error:
             reading.fault(at, f"{reading.name(at)}: {error}")
             continue
-        if wants_file and not found.is_file():
+        around = found.is_dir() and base.resolve().is_relative_to(found.resolve())  # the recipe lies in it
+        if (wants_file and not found.is_file()) or (at[-1] == "path" and around):
             reading.fault(at, f"{reading.name(at)}: {value} is a folder. Name a file.")
 
 
@@ -203,7 +206,12 @@ def _named_files(data: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str, bool]]
             entries = settings.get(key)
             for index, entry in enumerate(entries if isinstance(entries, list) else ()):
                 if isinstance(entry, dict) and isinstance(entry.get("path"), str):
-                    yield (*head, key, index, "path"), entry["path"], True
+                    yield (*head, key, index, "path"), entry["path"], False
+        compared = settings.get("decontaminate")
+        against = compared.get("against") if isinstance(compared, dict) else None
+        for index, name in enumerate(against if isinstance(against, list) else ()):
+            if isinstance(name, str):
+                yield (*head, "decontaminate", "against", index), name, True
         gate = settings.get("gate")
         if isinstance(gate, dict) and isinstance(gate.get("suite"), str):
             yield (*head, "gate", "suite"), gate["suite"], True

@@ -29,6 +29,8 @@ class Stage:
         settings = self.settings.model_dump()
         if self.settings.adapter == "none":
             del settings["lora"]
+        if not self.settings.filters.languages:
+            del settings["filters"]["min_language_confidence"]
         if self.settings.max_steps is not None:
             del settings["num_train_epochs"]
         return settings

@@ -6,14 +6,20 @@ A rule is refused (`RULES`, `ordering_faults`) when the run could not mean what 
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.recipe.faults import show
+from posttrain.recipe.rules_preference import PREFERENCE_RULES
 from posttrain.recipe.yaml_lines import KeyPath, key_name
-from posttrain.settings import RetryPolicy, StageSettings
+from posttrain.settings import METHODS, FilterSettings, RetryPolicy, StageSettings
+from posttrain.settings.data import objection
+from posttrain.settings.filters import LANGUAGES
+from posttrain.settings.preference import BETA, loss_names
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,8 @@ def warnings_of(stage: StageView, model: str) -> Iterator[Broken]:
         if said := usual.objection(stage, model):
             yield Broken((*stage.path, *usual.key.split(".")), said)
     settings = stage.settings
-    if settings.adapter == "lora" and stage.says("lora") and settings.lora.alpha != 2 * settings.lora.r:
-        scale = settings.lora.alpha / settings.lora.r
+    scale = settings.lora.scale
+    if settings.adapter != "none" and stage.says("lora") and abs(scale - 2) > (0.25 if settings.lora.use_rslora else 0):
         yield Broken(
             (*stage.path, "lora", "alpha"),
             f"{stage.label}.lora.alpha = {settings.lora.alpha} scales the adapter by {scale:g} where 2 is usual: "
@@ -149,7 +155,62 @@ def _both(one: str, other: str, meaning: str) -> Callable[[StageView], str | Non
 
 def _unread_lora(stage: StageView) -> str | None:
     if stage.says("lora") and stage.settings.adapter == "none":
-        return " is set but never read: adapter is none. Set adapter: lora, or remove lora."
+        return " is set but never read: adapter is none. Set adapter: lora, dora or qlora, or remove lora."
+    if stage.says("lora") and "loraplus_lr_ratio" in stage.raw["lora"] and not stage.settings.lora.loraplus:
+        return ".loraplus_lr_ratio is set but never read: loraplus is false. Set loraplus: true, or remove it."
+    return None
+
+
+def _impossible_lora(stage: StageView) -> str | None:
+    lora = stage.settings.lora
+    if stage.settings.adapter == "qlora" and lora.init != "default":
+        return (
+            f".init = {lora.init} takes its start out of the base weights, which qlora freezes in 4 bits. "
+            "Use init: default, or adapter: lora."
+        )
+    if isinstance(lora.target_modules, str) and lora.target_modules != "all-linear":
+        try:
+            re.compile(lora.target_modules)
+        except re.error as e:
+            wrong = f".target_modules = {show(lora.target_modules)} is no regular expression: {e}."
+            return f"{wrong} Correct it, or give a list of names."
+    return None
+
+
+def _filters(stage: StageView) -> str | None:
+    filters = stage.settings.filters
+    bounds = filters.min_answer_chars is not None or filters.max_answer_chars is not None
+    if bounds and stage.method == "grpo":
+        return " bounds the length of answers, but the rows of grpo are prompts. Remove it; max_length bounds those."
+    return filters_fault(filters, stage.raw.get("filters") or {})
+
+
+def filters_fault(filters: FilterSettings, said: Mapping[str, Any]) -> str | None:
+    """What is wrong with a section of filters, following the word `filters`. `said`: the keys that were written."""
+    if unknown := [language for language in filters.languages if language not in LANGUAGES]:
+        close = difflib.get_close_matches(unknown[0], LANGUAGES, n=1)
+        meant = f" Did you mean {close[0]}?" if close else ""
+        return (
+            f".languages names {unknown[0]!r}, which the detector does not know.{meant} Codes are ISO 639: en, de, zh."
+        )
+    if said.get("min_language_confidence") is not None and not filters.languages:
+        return ".min_language_confidence is set but never read: languages names none. Name some, or remove it."
+    low, high = filters.min_answer_chars, filters.max_answer_chars
+    if low is not None and high is not None and low > high:
+        return f".min_answer_chars = {low} is more than max_answer_chars = {high}: no row could stay."
+    return None
+
+
+def _nothing_to_compare(stage: StageView) -> str | None:
+    if stage.says("decontaminate") and stage.settings.gate is None and not stage.settings.decontaminate.against:
+        return " is set but never read: there is no gate, and against names no evaluation set. Name one, or remove it."
+    return None
+
+
+def _unread_shingle(stage: StageView) -> str | None:
+    dedup = stage.settings.dedup
+    if dedup is not None and dedup.near is None and "shingle" in (stage.raw.get("dedup") or {}):
+        return ".shingle is set but never read: near is null. Set near: 0.8, or remove it."
     return None
 
 
@@ -176,11 +237,20 @@ def _nothing_to_choose(stage: StageView) -> str | None:
 
 
 def _trained_on_heldout(stage: StageView) -> str | None:
-    trained = {dataset.path for dataset in stage.settings.datasets}
-    shared = [dataset.path for dataset in stage.settings.eval_datasets if dataset.path in trained]
+    trained = {(dataset.path, dataset.name, dataset.split) for dataset in stage.settings.datasets}
+    shared = [d.path for d in stage.settings.eval_datasets if (d.path, d.name, d.split) in trained]
     if shared:
         return f" names {shared[0]}, which is also in datasets: rows trained on are not held out. Split the file."
     return None
+
+
+def _unsound_sources(key: str) -> Callable[[StageView], str | None]:
+    def broken_by(stage: StageView) -> str | None:
+        datasets = getattr(stage.settings, key)
+        found = objection(datasets)
+        return f".{found[0] + 1}: {datasets[found[0]].path} {found[1]}" if found else None
+
+    return broken_by
 
 
 def _no_room_for_prompt(stage: StageView) -> str | None:
@@ -239,13 +309,20 @@ RULES = (
     Rule("warmup_ratio", ("warmup_steps",), _both("warmup_ratio", "warmup_steps", "how long to warm up")),
     Rule("max_steps", ("num_train_epochs",), _both("max_steps", "num_train_epochs", "how long to train")),
     Rule("lora", ("adapter",), _unread_lora),
+    Rule("lora", ("adapter",), _impossible_lora),
     Rule("min_lr_ratio", ("lr_scheduler_type",), _unread_min_lr),
+    Rule("filters", (), _filters),
+    Rule("decontaminate", ("gate",), _nothing_to_compare),
+    Rule("dedup", (), _unread_shingle),
     Rule("eval_steps", ("eval_datasets",), _unread_eval_steps),
     Rule("load_best_model_at_end", ("eval_datasets", "eval_steps"), _nothing_to_choose),
+    Rule("datasets", (), _unsound_sources("datasets")),
+    Rule("eval_datasets", (), _unsound_sources("eval_datasets")),
     Rule("eval_datasets", ("datasets",), _trained_on_heldout),
     Rule("max_completion_length", ("max_length",), _no_room_for_prompt),
     Rule("rewards", (), _misshapen_rewards),
     Rule("on_overflow", (), _cut_prompts),
+    *(Rule(*rule) for rule in PREFERENCE_RULES),
 )
 
 
@@ -270,12 +347,14 @@ class Usual:
         settings = stage.settings
         if stage.method not in self.methods or self.key.split(".")[0] in stage.broken:
             return None
-        if self.adapter is not None and settings.adapter != self.adapter:
+        if self.adapter is not None and (settings.adapter == "none") != (self.adapter == "none"):
             return None
         if self.for_large_models and model.startswith("builtin:"):
             return None
         if self.key == "num_train_epochs" and settings.max_steps is not None:
             return None
+        if self.key == "beta" and set(BETA) & set(loss_names(getattr(settings, "loss_type", []))):
+            return None  # these losses mean another scale by it
         value: Any = settings
         for part in self.key.split("."):
             value = getattr(value, part)
@@ -296,15 +375,15 @@ USUAL = (
           "larger batches leave few steps for the same rows"),
     Usual(("sft",), "max_length", 2048, 8192, "long answers would not fit, and the model never learns to write them",
           "memory and time grow with rows that are seldom that long"),
-    Usual(("sft", "dpo", "grpo"), "lora.r", 16, 64, "a small adapter may be too narrow for a new behaviour",
+    Usual(tuple(METHODS), "lora.r", 16, 64, "a small adapter may be too narrow for a new behaviour",
           "a large adapter costs memory and seldom learns more", adapter="lora"),
-    Usual(("dpo",), "beta", 0.1, 0.3, "the policy drifts far from its reference",
+    Usual(("dpo", "kto"), "beta", 0.1, 0.3, "the policy drifts far from its reference",
           "the policy is held at its reference and learns next to nothing", for_large_models=False),
-    Usual(("dpo",), "learning_rate", 1e-7, 2e-6, "preferences then hardly move the model",
+    Usual(("dpo", "kto"), "learning_rate", 1e-7, 2e-6, "preferences then hardly move the model",
           "full preference training at this rate breaks the answers SFT taught", adapter="none"),
-    Usual(("dpo",), "learning_rate", 1e-6, 2e-5, "preferences then hardly move the adapter",
+    Usual(("dpo", "kto"), "learning_rate", 1e-6, 2e-5, "preferences then hardly move the adapter",
           "preference training at this rate breaks the answers SFT taught", adapter="lora"),
-    Usual(("dpo",), "num_train_epochs", 1, 2, "part of the pairs is never seen",
+    Usual(("dpo", "kto", "simpo", "cpo"), "num_train_epochs", 1, 2, "part of the pairs is never seen",
           "more passes push both answers down and learn pairs by heart"),
     Usual(("grpo",), "num_generations", 8, 16, "a small group gives a noisy baseline, and more groups have no spread",
           "nearly all time goes into sampling", for_large_models=False),

@@ -25,11 +25,12 @@ NOT_MEANING = frozenset(
         "forest",  # the same log-probs, computed once or several times
         "max_drop_rate",  # limits that stop a run; a run that went on is the same run
         "max_checker_failure_rate",
+        "dataset_num_proc",
         "register",
     }
 )
 # What these files hold is pinned by hashes of their content; where they lie differs from machine to machine.
-FILE_KEYS = frozenset({"path", "suite", "chat_template"})
+FILE_KEYS = frozenset({"path", "suite", "chat_template", "against"})
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def _meaning(value: Any) -> Any:
 
 def _file_name(key: str, value: Any) -> Any:
     """A file's own name. A model may also be a Hub id ("Qwen/Qwen3-8B"), which is kept whole."""
+    if isinstance(value, list) and key in FILE_KEYS:
+        return [_file_name(key, item) for item in value]
     if not isinstance(value, str) or value.startswith("builtin:"):
         return value
     is_model_folder = key == "model" and value.startswith((".", "/", "~"))

@@ -43,6 +43,22 @@ def save_artefact(
     return there
 
 
+def refuse_other_template(directory: Path, fingerprint: str) -> None:
+    """An artefact answers through the template it was trained with, or not at all. `fingerprint` is of the template
+    about to be used; a model that posttrain did not make has none to compare with."""
+    if not is_artefact(directory):
+        return
+    manifest = read_manifest(directory)
+    if manifest.template_fingerprint != fingerprint:
+        raise ArtefactError(
+            f"{manifest.ref(directory)} was trained with another chat template, or other special tokens, than it would "
+            f"be asked with (fingerprint {manifest.template_fingerprint[:12]}…, now {fingerprint[:12]}…).",
+            where=str(directory),
+            remedy="It would answer prompts it never saw the like of. Restore the artefact's tokenizer and template "
+            "files, or run its stage again.",
+        )
+
+
 def _fill(
     directory: Path, final: Path, manifest: Manifest, save_model: Callable[[Path], None], metrics: Path | None
 ) -> None:

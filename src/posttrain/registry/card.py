@@ -84,7 +84,9 @@ def _row(label: str, measured: Measured) -> str:
 def _data(manifest: Manifest) -> str:
     rows = [f"| `{path}` | {file.rows} | `{file.sha256}` |" for path, file in manifest.data.items()]
     ledger = ", ".join(f"{count} {bucket}" for bucket, count in manifest.ledger.items()) or "none"
-    return "\n".join(["## Data", "", "| file | rows | sha256 |", "|---|---|---|", *rows, "", f"Rows: {ledger}."])
+    supervised = ", ".join(f"{source} {count.supervised_tokens:,}" for source, count in manifest.rows.items()) or "none"
+    told = ["", f"Rows: {ledger}. Tokens with loss: {supervised}."]
+    return "\n".join(["## Data", "", "| file | rows | sha256 |", "|---|---|---|", *rows, *told])
 
 
 def _loading(is_adapter: bool) -> str:

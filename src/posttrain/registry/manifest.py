@@ -40,6 +40,14 @@ class DataFile:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceRows:
+    """What became of the rows of one source, which begins their ids; each of them is in rows.jsonl."""
+
+    buckets: Mapping[str, int]
+    supervised_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything needed to say where a model came from, and to notice that something changed.
 
@@ -56,7 +64,9 @@ class Manifest:
     settings: Mapping[str, Any]  # the stage's effective settings
     seed: int
     data: Mapping[str, DataFile]
-    ledger: Mapping[str, int]  # rows per bucket
+    ledger: Mapping[str, int]  # training rows per bucket
+    rows: Mapping[str, SourceRows]  # the same by source
+    evaluated: Mapping[str, SourceRows]  # the rows of eval_datasets
     template_fingerprint: str
     stop_token_ids: tuple[int, ...]
     versions: Mapping[str, str]

@@ -18,16 +18,17 @@ from torch import Tensor
 
 from posttrain.models.attention import ForestAttention
 from posttrain.models.forest import build_forest
+from posttrain.models.memory import must_fit
 from posttrain.models.policy import Policy
 from posttrain.records import Completion, Request, Sampling, Status, Tree
 from posttrain.rollout.cache import ForestCache, prefill_cache
 from posttrain.rollout.engine import Progress
 from posttrain.rollout.recompute import next_logits
+from posttrain.rollout.room import Group, room_on
 from posttrain.rollout.sampling import Drawn, draw, uniform
 
 COMPACT_BELOW = 0.7  # share of slots alive under which dead ones are compacted away
-ADMIT_BELOW = 0.5  # share of the slot limit under which waiting prompts join
-MEMORY_SHARE = 0.25  # of the memory may hold answers' keys and values
+ADMIT_BELOW = 0.5  # waiting prompts join when so few of the slots they were admitted with are alive
 MAX_SLOTS = 1024
 
 
@@ -57,6 +58,10 @@ class Running:
     def alive(self) -> np.ndarray:
         return np.array([a is not None and a.status is None for a in self.answers], dtype=bool)
 
+    @property
+    def groups(self) -> list[Group]:
+        return [Group(n, self.cache.n_slots_per_group) for n in self.cache.prompt_length_P.tolist()]
+
 
 class LocalEngine:
     def __init__(self, policy: Policy, decode: Callable[[Sequence[int]], str], *, max_slots: int = MAX_SLOTS) -> None:
@@ -84,11 +89,12 @@ class LocalEngine:
         was_training = self._policy.model.training
         self._policy.model.eval()
         try:
-            self._run(
-                waiting,
-                sampling,
-                lambda: progress(sum(a.status is not None for g in groups for a in g), n_all) if progress else None,
-            )
+            with must_fit(f"sampling {n_all:,} answers", _smaller_sampling(sampling)):
+                self._run(
+                    waiting,
+                    sampling,
+                    lambda: progress(sum(a.status is not None for g in groups for a in g), n_all) if progress else None,
+                )
         finally:
             self._policy.model.train(was_training)
         return [[self._completion(a, requests[a.request]) for a in g] for g in groups]
@@ -97,13 +103,19 @@ class LocalEngine:
         if self._policy.layout == "padded":
             self._run_recomputing(waiting, sampling, report)
             return
-        limit = self._slots_that_fit(sampling)
+        policy = self._policy
+        compute = policy.autocast or policy.model.dtype
+        room = room_on(policy.device, policy.model.config, compute, self._max_slots, sampling.max_new_tokens)
         running: Running | None = None
+        full = 0  # slots alive when the last prompts joined
         while waiting or running:
             n_alive = int(running.alive.sum()) if running else 0
-            if waiting and n_alive <= ADMIT_BELOW * limit:
-                admitted = self._admit(waiting, limit - n_alive, sampling)
-                running = _join(_compact(running), admitted)
+            if waiting and n_alive <= ADMIT_BELOW * full:
+                running = _compact(running)
+                asking = [Group(len(g[0].prompt_ids), len(g)) for g in waiting]
+                if ready := room.admit(running.groups if running else [], asking):
+                    running = _join(running, self._admit([waiting.popleft() for _ in range(ready)], sampling))
+                full = int(running.alive.sum()) if running else 0
             elif running and n_alive < COMPACT_BELOW * len(running.answers):
                 running = _compact(running)
             if running is None:
@@ -113,11 +125,8 @@ class LocalEngine:
                 running = None
             report()
 
-    def _admit(self, waiting: deque[list[Answer]], room: int, sampling: Sampling) -> Running:
-        """Prefill as many waiting groups as fit (at least one) and draw every answer's first token."""
-        admitted = [waiting.popleft()]
-        while waiting and sum(map(len, admitted)) + len(waiting[0]) <= room:
-            admitted.append(waiting.popleft())
+    def _admit(self, admitted: Sequence[list[Answer]], sampling: Sampling) -> Running:
+        """Prefill these groups and draw every answer's first token."""
         trees = [Tree(str(g[0].request), g[0].prompt_ids, ()) for g in admitted]
         batch = build_forest(trees, self._policy.device)
         attention = ForestAttention(batch, keep_keys=True)
@@ -153,14 +162,6 @@ class LocalEngine:
                 _draw_and_record(answers, next_logits(self._policy, rows), sampling)
                 report()
 
-    def _slots_that_fit(self, sampling: Sampling) -> int:
-        config = self._policy.model.config
-        n_kv = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        element = (self._policy.autocast or self._policy.model.dtype).itemsize
-        per_slot = 2 * config.num_hidden_layers * n_kv * head_dim * element * sampling.max_new_tokens
-        return max(1, min(self._max_slots, int(MEMORY_SHARE * _memory(self._policy.device) / per_slot)))
-
     def _fail_unusable(self, groups: list[list[Answer]], sampling: Sampling) -> None:
         """Prompts that cannot be answered fail by themselves; the others go on."""
         limit = getattr(self._policy.model.config, "max_position_embeddings", None)
@@ -186,6 +187,13 @@ class LocalEngine:
             text=self._decode(a.token_ids),
             detail=a.detail,
         )
+
+
+def _smaller_sampling(sampling: Sampling) -> str:
+    return (
+        "Lower the length of answers (max_completion_length in a recipe, max_new_tokens in a suite), now "
+        f"{sampling.max_new_tokens}; then num_generations."
+    )
 
 
 def _draw_and_record(answers: Sequence[Answer | None], logits_SV: Tensor, sampling: Sampling) -> Drawn:
@@ -242,15 +250,3 @@ def _widened(running: Running, width: int) -> tuple[list[Answer | None], Tensor]
     for start in range(0, len(running.answers), have):
         answers += [*running.answers[start : start + have], *[None] * (width - have)]
     return answers, last_PG.flatten()
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes the device has; 4 GiB where the kernel does not say. Not what is free just now: a resumed run must batch as
-    the first one did, or its last bits differ."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        with open("/proc/meminfo", encoding="ascii") as f:  # noqa: PTH123
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemTotal"))
-    except (OSError, StopIteration):
-        return 4 << 30

@@ -9,22 +9,41 @@ from __future__ import annotations
 from posttrain.settings.adapter import LoraSettings
 from posttrain.settings.base import Positive, Section, Share
 from posttrain.settings.data import DatasetSettings
+from posttrain.settings.filters import FilterSettings
 from posttrain.settings.gate import GateSettings, Retry, RetryPolicy
-from posttrain.settings.preference import DPOSettings
+from posttrain.settings.hygiene import DecontaminateSettings, DedupSettings
+from posttrain.settings.preference import CPOSettings, DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
 from posttrain.settings.recipe import RecipeSettings
 from posttrain.settings.rl import GRPOSettings
 from posttrain.settings.sft import SFTSettings
 from posttrain.settings.stage import StageSettings
 
-METHODS: dict[str, type[StageSettings]] = {"sft": SFTSettings, "dpo": DPOSettings, "grpo": GRPOSettings}
+METHODS: dict[str, type[StageSettings]] = {
+    "sft": SFTSettings,
+    "dpo": DPOSettings,
+    "kto": KTOSettings,
+    "simpo": SimPOSettings,
+    "cpo": CPOSettings,
+    "orpo": ORPOSettings,
+    "grpo": GRPOSettings,
+}
+# A model that went through one of these answers in the template. ORPO is SFT and preference in one.
+TEACHES_ANSWERS = frozenset({"sft", "orpo"})
 
 __all__ = [
     "METHODS",
+    "TEACHES_ANSWERS",
+    "CPOSettings",
     "DPOSettings",
     "DatasetSettings",
+    "DecontaminateSettings",
+    "DedupSettings",
+    "FilterSettings",
     "GRPOSettings",
     "GateSettings",
+    "KTOSettings",
     "LoraSettings",
+    "ORPOSettings",
     "Positive",
     "RecipeSettings",
     "Retry",
@@ -32,5 +51,6 @@ __all__ = [
     "SFTSettings",
     "Section",
     "Share",
+    "SimPOSettings",
     "StageSettings",
 ]

@@ -12,5 +12,8 @@ from posttrain.settings.stage import StageSettings
 class SFTSettings(StageSettings):
     """Next-token cross-entropy on the answers."""
 
-    train_on: Literal["all", "last"] = Field(default="all", description="every assistant turn, or the last one only")
+    loss_on: Literal["assistant", "last_turn", "completion", "all"] = Field(
+        default="assistant",
+        description="every answer; answers to the user's last message; what follows `prompt`; prompts too",
+    )
     num_train_epochs: float = Field(default=3.0, gt=0)

@@ -7,10 +7,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from posttrain.settings.adapter import LoraSettings
+from posttrain.settings.adapter import AdapterKind, LoraSettings
 from posttrain.settings.base import Positive, Section, Share
 from posttrain.settings.data import DatasetSettings
+from posttrain.settings.filters import FilterSettings
 from posttrain.settings.gate import GateSettings
+from posttrain.settings.hygiene import DecontaminateSettings, DedupSettings
 
 
 def full_or_adapter(full: float, adapter: float) -> Callable[[dict[str, Any]], float]:
@@ -25,16 +27,31 @@ class StageSettings(Section):
     eval_datasets: list[DatasetSettings] = Field(default=[], description="held-out rows measured during training")
     gate: GateSettings | None = Field(default=None, description="no gate, no promotion")
 
-    adapter: Literal["none", "lora"] = "none"
+    adapter: AdapterKind = Field(
+        default="none", description="lora, dora (learns length and direction apart), qlora (on a frozen 4-bit base)"
+    )
     lora: LoraSettings = LoraSettings()
 
     max_length: Positive = Field(default=2048, description="tokens of prompt and answer together")
     on_overflow: Literal["error", "drop", "truncate"] = "error"
     max_drop_rate: Share = Field(default=0.05, description="more dropped rows than this share stop the stage")
 
-    on_contamination: Literal["error", "drop"] = Field(
-        default="error", description="training rows that share 13 words in a row with an item of the gate's suite"
+    dataset_num_proc: Positive | None = Field(
+        default=None,
+        description="processes that render and tokenise; default: one, then one a core if it takes long",
     )
+
+    on_contamination: Literal["error", "drop"] = Field(
+        default="error", description="training rows that hold an item of the gate's suite, or of decontaminate.against"
+    )
+    decontaminate: DecontaminateSettings = DecontaminateSettings()
+    dedup: DedupSettings | None = Field(default=None, description="leave duplicates out; default: only count them")
+    on_conflict: Literal["report", "drop", "error"] = Field(
+        default="report",
+        description="rows whose labels contradict: a pair both ways, an answer rated good and bad, two gold answers",
+    )
+
+    filters: FilterSettings = FilterSettings()
 
     learning_rate: float = Field(default_factory=full_or_adapter(2e-5, 1e-4), gt=0, description="2e-5; adapters 1e-4")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
@@ -45,6 +62,9 @@ class StageSettings(Section):
         description="share of the steps that warm up; default 0.03 unless warmup_steps is set",
     )
     weight_decay: float = Field(default=0.01, ge=0)
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        default="adamw", description="8-bit optimiser states need the quant extra; paged ones an NVIDIA GPU"
+    )
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.999
     adam_epsilon: float = Field(default=1e-8, gt=0)

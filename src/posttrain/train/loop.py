@@ -17,6 +17,7 @@ from torch import nn
 
 from posttrain.errors import Interrupted, TrainingStopped
 from posttrain.losses.terms import Mean, add_metrics
+from posttrain.models.memory import must_fit
 from posttrain.models.policy import Policy
 from posttrain.records import Tree
 from posttrain.registry.files import write_directory, write_text_atomic, writing
@@ -26,7 +27,7 @@ from posttrain.settings import StageSettings
 from posttrain.train import checkpoint
 from posttrain.train.metrics import MetricsLog
 from posttrain.train.objective import Evaluation, Item, Objective, StepBatch
-from posttrain.train.optim import learning_rate, make_optimizer
+from posttrain.train.optim import learning_rate, make_optimizer, set_learning_rate
 
 BEST = "best"
 
@@ -128,9 +129,9 @@ def _step(
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise _not_finite(batch, loss, norm, step, place)
         rate = learning_rate(step, objective.n_steps, s)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
+        set_learning_rate(optimizer, rate)
+        with must_fit("taking an optimiser step", _smaller_optimizer(s)):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         values = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
     seconds = time.monotonic() - began
@@ -149,23 +150,44 @@ def _backward(objective: Objective[Item], batch: StepBatch[Item], s: StageSettin
     """Accumulate gradients of (sum of losses) / count over micro-batches; returns the loss."""
     total = 0.0
     for micro in micro_batches(batch.items, s.micro_batch_tokens):
-        part = objective.loss(micro)
-        (part.total / batch.count).backward()
+        n_tokens = sum(item.tree.n_tokens for item in micro)
+        with must_fit(f"training on {n_tokens:,} tokens", _smaller_pass(s, micro[0].tree.n_tokens)):
+            part = objective.loss(micro)
+            (part.total / batch.count).backward()
         total += float(part.total.detach())
         add_metrics(metrics, part.metrics)
     return total / batch.count
+
+
+def _smaller_pass(s: StageSettings, longest: int) -> str:
+    """The first setting to change."""
+    if longest < s.micro_batch_tokens:
+        return f"Lower micro_batch_tokens, now {s.micro_batch_tokens}: the gradient stays the same."
+    if not s.gradient_checkpointing:
+        return f"One row alone has {longest} tokens. Set gradient_checkpointing: true."
+    if s.adapter == "none":
+        return f"One row alone has {longest} tokens. Set adapter: lora, or lower max_length, now {s.max_length}."
+    return f"One row alone has {longest} tokens. Lower max_length, now {s.max_length}."
+
+
+def _smaller_optimizer(s: StageSettings) -> str:
+    if s.adapter == "none":
+        return "Set adapter: lora: the optimiser then keeps two numbers per adapter weight, not per weight."
+    return f"Set optim: adamw_8bit, or lower lora.r, now {s.lora.r}."
 
 
 def micro_batches(items: Sequence[Item], token_budget: int) -> Iterator[list[Item]]:
     """Longest first, as many as fit the budget; an item over the budget goes alone."""
     micro: list[Item] = []
     n_tokens = 0
-    for item in sorted(items, key=lambda i: i.tree.n_tokens, reverse=True):
-        if micro and n_tokens + item.tree.n_tokens > token_budget:
+    # Items may be built anew each time they are looked at: only their lengths are kept, not the items.
+    lengths = [item.tree.n_tokens for item in items]
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if micro and n_tokens + lengths[i] > token_budget:
             yield micro
             micro, n_tokens = [], 0
-        micro.append(item)
-        n_tokens += item.tree.n_tokens
+        micro.append(items[i])
+        n_tokens += lengths[i]
     if micro:
         yield micro
 
@@ -180,7 +202,8 @@ def _evaluate(
     s: StageSettings,
 ) -> dict[str, Any] | None:
     """Add the evaluation's figures to `values`; keep the weights when they are the best so far."""
-    evaluation: Evaluation | None = objective.evaluate()
+    with must_fit("evaluating", _smaller_pass(s, 0)):
+        evaluation: Evaluation | None = objective.evaluate()
     if evaluation is None:
         return best
     values |= evaluation.metrics | {"eval": True}

@@ -4,26 +4,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from posttrain.errors import DoesNotFit
+from posttrain.models.quantised import bitsandbytes
 from posttrain.settings import StageSettings
 
+RATIO = "lr_ratio"  # a group's learning rate is the schedule's times this
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], s: StageSettings) -> torch.optim.AdamW:
-    """Fused AdamW. Matrices decay; vectors (norms, biases) do not."""
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": s.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], s: StageSettings) -> torch.optim.Optimizer:
+    """AdamW. Matrices decay; vectors (norms, biases) do not. With LoRA+, B and vectors learn at a higher rate."""
+    ratio = s.lora.loraplus_lr_ratio if s.adapter != "none" and s.lora.loraplus else 1.0
+    kind = optimizer_class(s)
+    extra = {"fused": True} if kind is torch.optim.AdamW else {}
+    return kind(
+        parameter_groups(parameters, ratio, s.weight_decay),
         lr=s.learning_rate,
         betas=(s.adam_beta1, s.adam_beta2),
         eps=s.adam_epsilon,
-        fused=True,
+        **extra,
     )
+
+
+def parameter_groups(parameters: Mapping[str, nn.Parameter], ratio: float, weight_decay: float) -> list[dict[str, Any]]:
+    """At most three groups: matrices, and of a LoRA+ adapter its B matrices apart, then vectors.
+
+    As in Hayou et al. (2024) and peft's `create_loraplus_optimizer`: B and every vector (DoRA's lengths) learn `ratio`
+    times as fast as A and as modules trained in full.
+    """
+    fast = {name for name, p in parameters.items() if ".lora_B." in name and ratio != 1}
+    groups = [
+        ([p for name, p in parameters.items() if p.ndim >= 2 and name not in fast], 1.0, weight_decay),
+        ([p for name, p in parameters.items() if p.ndim >= 2 and name in fast], ratio, weight_decay),
+        ([p for p in parameters.values() if p.ndim < 2], ratio, 0.0),
+    ]
+    return [{"params": ps, RATIO: times, "weight_decay": decay} for ps, times, decay in groups if ps]
+
+
+def optimizer_class(s: StageSettings) -> Any:
+    """What `optim` names, or exit code 5 where this machine has none."""
+    if s.optim == "adamw":
+        return torch.optim.AdamW
+    package = bitsandbytes(f"optim: {s.optim}", "use optim: adamw")
+    if s.optim == "adamw_8bit":
+        return package.optim.AdamW8bit
+    if not torch.cuda.is_available():
+        raise DoesNotFit(
+            "optim: paged_adamw_8bit moves optimiser states between a GPU and the host, and there is no NVIDIA GPU.",
+            remedy="Use optim: adamw_8bit, or adamw.",
+        )
+    return package.optim.PagedAdamW8bit
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group[RATIO]
 
 
 def warmup_steps(s: StageSettings, n_steps: int) -> int:

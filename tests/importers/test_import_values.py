@@ -1,0 +1,189 @@
+"""What each configuration must become, worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from import_help import HERE, fates, keys_of, lost, recipe_of, values
+
+from posttrain.cli import main
+from posttrain.importers import import_file
+from posttrain.recipe import load_recipe
+
+
+def test_axolotl_adapter(folder: Path) -> None:
+    done, recipe = recipe_of(folder, HERE / "axolotl" / "qlora.yaml", processes=2)
+    assert (recipe.name, recipe.model, recipe.stages[0].method) == ("qlora", "meta-llama/Llama-3.2-1B", "sft")
+    said = values(recipe)
+    assert said["datasets"][0]["format"] == "alpaca"
+    assert said["per_device_train_batch_size"] == 4 * 2 * 2
+    assert (said["max_length"], said["on_overflow"], said["num_train_epochs"]) == (4096, "drop", 4)
+    assert (said["learning_rate"], said["warmup_steps"], said["lr_scheduler_type"]) == (2e-4, 10, "cosine")
+    assert (said["weight_decay"], said["dtype"], said["gradient_checkpointing"]) == (0.0, "auto", True)
+    lora = said["lora"]
+    assert (lora["r"], lora["alpha"], lora["dropout"], lora["target_modules"]) == (32, 16, 0.05, "all-linear")
+    assert said["adapter"] == ("lora" if "load_in_4bit" in lost(done) else "qlora")
+    assert "posttrain data split data/instructions.jsonl --eval 0.1" in lost(done)["val_set_size"]
+    assert any("packing" in note and "4096 tokens" in note for note in done.notes)
+    assert not any("--processes" in note for note in done.notes)
+    skipped = {one.key for one in done.not_needed}
+    assert {"sample_packing", "flash_attention", "tf32", "lora_model_dir", "special_tokens.pad_token"} <= skipped
+
+
+def test_axolotl_conversations(folder: Path) -> None:
+    done, recipe = recipe_of(folder, HERE / "axolotl" / "chat.yaml")
+    said = values(recipe)
+    assert [d["path"] for d in said["datasets"]] == ["data/chat-a.jsonl", "data/chat-b.jsonl", "data/books.jsonl"]
+    assert [d["format"] for d in said["datasets"]] == ["messages", "messages", "text"]
+    assert [d["columns"] for d in said["datasets"]] == [{"messages": "dialogue"}] * 2 + [{"text": "body"}]
+    assert [d["path"] for d in said["eval_datasets"]] == ["data/chat-held.jsonl"]
+    assert (recipe.seed, recipe.chat_template) == (42, "builtin:templates/chatml.jinja")
+    assert (said["max_steps"], said["adam_beta2"], said["eval_steps"], said["save_steps"]) == (500, 0.95, 50, 100)
+    assert (said["lr_scheduler_type"], said["warmup_ratio"], said["dtype"]) == ("constant", 0.1, "bfloat16")
+    assert said["on_overflow"] == "truncate" and said["adapter"] == "none"
+    assert {"deepspeed", "fsdp_config.reshard_after_forward", "neftune_noise_alpha", "plugins"} <= lost(done).keys()
+
+
+def test_axolotl_preference(folder: Path) -> None:
+    done, recipe = recipe_of(folder, HERE / "axolotl" / "dpo.yaml")
+    said = values(recipe)
+    assert recipe.stages[0].method == "dpo" and recipe.model == "./data/base"
+    assert said["datasets"][0]["columns"] == {"prompt": "question"}
+    assert (said["beta"], said["per_device_train_batch_size"], said["warmup_ratio"]) == (0.2, 16, 0.1)
+    assert said["lora"]["target_modules"] == ["q_proj", "v_proj"] and said["lora"]["dropout"] == 0.0
+    assert said["allow_without_sft"] is True
+    assert {"load_in_8bit", "wandb_project", "early_stopping_patience"} <= lost(done).keys()
+    assert any("one process" in note for note in done.notes)
+    _, thumbs = recipe_of(folder, HERE / "axolotl" / "kto.yaml")
+    said = values(thumbs)
+    assert (said["beta"], said["desirable_weight"], said["undesirable_weight"]) == (0.5, 0.2, 1.0)
+    assert said["per_device_train_batch_size"] == 8  # batch_size, not micro_batch_size × 1
+
+
+def test_axolotl_grpo_counts_prompts_not_answers(folder: Path) -> None:
+    done, recipe = recipe_of(folder, HERE / "axolotl" / "grpo.yaml")
+    said = values(recipe)
+    assert said["per_device_train_batch_size"] == 8 * 4 // 4  # answers a step, by answers a prompt
+    assert said["rewards"][0] == "math" and said["rewards"][1]["format"]["weight"] == 0.5
+    assert (said["num_generations"], said["temperature"], said["beta"]) == (4, 0.9, 0.001)
+    assert said["warmup_steps"] == 0  # transformers' constant schedule has no warm-up, whatever warmup_steps says
+    assert said["datasets"][0]["columns"] == {"answer": "solution"}
+    assert {"datasets.1.type", "vllm.host", "special_tokens.eos_token"} <= lost(done).keys()
+
+
+def test_llama_factory_adapter(folder: Path) -> None:
+    done, recipe = recipe_of(folder, HERE / "llama_factory" / "lora_sft.yaml")
+    said = values(recipe)
+    assert [d["path"] for d in said["datasets"]] == ["data/questions.jsonl", "data/talk.jsonl"]
+    assert [d["limit"] for d in said["datasets"]] == [1000, 1000]
+    assert said["datasets"][0]["columns"] == {"prompt": "question", "completion": "answer"}
+    assert said["datasets"][0]["format"] == "prompt_completion" and said["datasets"][1]["format"] == "messages"
+    assert (said["lora"]["r"], said["lora"]["alpha"], said["lora"]["dropout"]) == (16, 32, 0.0)
+    assert (said["per_device_train_batch_size"], said["max_length"], said["on_overflow"]) == (8, 2048, "truncate")
+    assert (said["learning_rate"], said["warmup_ratio"], said["weight_decay"]) == (1e-4, 0.1, 0.0)
+    assert said["gradient_checkpointing"] is True  # on by default there
+    assert "posttrain data split data/questions.jsonl --eval 0.1" in lost(done)["val_size"]
+    assert "trust_remote_code" in lost(done)
+
+
+def test_llama_factory_plain_text(folder: Path) -> None:
+    done, recipe = recipe_of(folder, HERE / "llama_factory" / "full_pt.yaml", processes=8)
+    said = values(recipe)
+    assert said["datasets"][0]["format"] == "text" and said["datasets"][0]["columns"] == {"text": "body"}
+    assert (said["adapter"], said["max_steps"], said["warmup_steps"]) == ("none", 200, 20)
+    assert said["min_lr_ratio"] == pytest.approx(0.1)  # min_lr 1e-6 of learning_rate 1e-5
+    assert said["per_device_train_batch_size"] == 4 * 2 * 8
+    assert list(lost(done)) == ["deepspeed"]
+
+
+def test_llama_factory_preference(folder: Path) -> None:
+    done, recipe = recipe_of(folder, HERE / "llama_factory" / "dpo_simpo.yaml")
+    said = values(recipe)
+    assert recipe.stages[0].method == "simpo"
+    assert (said["beta"], said["gamma_beta_ratio"]) == (2.0, 0.5)  # γ 1.0 of β 2.0
+    assert said["datasets"][0]["columns"] == {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    assert "sk-very-secret" not in json.dumps([done.text, *map(str, (done.carried, done.lost, done.notes))])
+    (folder / "thumbs_unknown").touch()
+    done, recipe = recipe_of(folder, HERE / "llama_factory" / "kto.yaml")
+    said = values(recipe)
+    assert (recipe.stages[0].method, said["beta"], said["lora"]["alpha"]) == ("kto", 0.1, 16)
+    assert (said["num_train_epochs"], said["lr_scheduler_type"], said["max_length"]) == (3.0, "linear", 2048)
+    assert "not described in dataset_info.json" in lost(done)["eval_dataset"]
+
+
+def test_llama_factory_defaults_are_written_out(folder: Path) -> None:
+    done, recipe = recipe_of(folder, HERE / "llama_factory" / "sft_alpaca.yaml")
+    said = values(recipe)
+    assert (said["adapter"], said["lora"]["r"], said["lora"]["alpha"]) == ("lora", 8, 16)
+    assert (said["learning_rate"], said["per_device_train_batch_size"], said["warmup_ratio"]) == (5e-5, 8, 0.0)
+    assert {"learning_rate", "lora.r", "per_device_train_batch_size"} <= {one.ours for one in done.added}
+    assert {"fp16", "template"} <= lost(done).keys() and said["dtype"] == "auto"
+    assert "mask_history" not in lost(done)
+
+
+def test_trl(folder: Path) -> None:
+    done, recipe = recipe_of(folder, HERE / "trl" / "sft_config.yaml")
+    said = values(recipe)
+    assert (recipe.name, recipe.stages[0].method) == ("Qwen-SFT-first", "sft")
+    assert (said["per_device_train_batch_size"], said["max_length"], said["learning_rate"]) == (16, 2048, 2e-4)
+    assert (said["lora"]["r"], said["lora"]["alpha"], said["lora"]["dropout"]) == (32, 16, 0.05)
+    assert (said["dtype"], said["lr_scheduler_type"], said["num_train_epochs"]) == ("bfloat16", "linear", 1)
+    assert set(lost(done)) == {"push_to_hub", "hub_token", "report_to"}
+    assert "hf_very_secret" not in done.text
+    _, recipe = recipe_of(folder, HERE / "trl" / "text.yaml")
+    said = values(recipe)
+    assert said["datasets"][0]["format"] == "text" and said["datasets"][0]["columns"] == {"text": "review"}
+    assert said["per_device_train_batch_size"] == 8 * 4  # the default, on num_processes
+    assert (said["max_length"], said["num_train_epochs"]) == (1024, 3.0)
+
+
+def test_trl_preference(folder: Path) -> None:
+    done, recipe = recipe_of(folder, HERE / "trl" / "dpo.yaml")
+    said = values(recipe)
+    assert [d["path"] for d in said["datasets"]] == ["data/pairs-a.jsonl", "data/pairs-b.jsonl"]
+    assert (said["loss_type"], said["loss_weights"], said["beta"]) == (["sigmoid", "sft"], [1.0, 0.2], 0.05)
+    assert set(lost(done)) == {"max_prompt_length", "fsdp"}
+    done, recipe = recipe_of(folder, HERE / "trl" / "kto_thumbs.yaml")
+    said = values(recipe)
+    assert (said["desirable_weight"], said["undesirable_weight"], said["learning_rate"]) == (1.0, 1.33, 1e-6)
+    assert {"lr_scheduler_type", "optim"} <= lost(done).keys()
+
+
+def test_trl_grpo(folder: Path) -> None:
+    done, recipe = recipe_of(folder, HERE / "trl" / "grpo.yaml")
+    said = values(recipe)
+    assert (said["rewards"], said["num_generations"], said["num_iterations"]) == (["math"], 8, 2)
+    assert said["per_device_train_batch_size"] == 3  # 8 × 3 answers, 8 to a prompt
+    assert said["max_length"] == 2048 + 1024  # TRL counts the answer alone
+    assert "my_lib.rewards.brevity" in lost(done)["reward_funcs"]
+    assert "dr_grpo" in done.text  # carried, or named at the foot
+
+
+def test_a_group_that_does_not_divide_is_said(folder: Path) -> None:
+    text = (HERE / "trl" / "grpo.yaml").read_text(encoding="utf-8").replace("steps: 3", "steps: 1", 1)
+    (folder / "x.yaml").write_text(text.replace("batch_size: 8", "batch_size: 12"), encoding="utf-8")
+    done = import_file("trl", "x.yaml", folder / "recipe.yaml")
+    assert "per_device_train_batch_size: 2 " in done.text
+    assert any("no whole number of groups of 8" in note for note in done.notes)
+
+
+def test_paths_are_rewritten_for_a_recipe_elsewhere(folder: Path) -> None:
+    shutil.copy(HERE / "axolotl" / "dpo.yaml", folder / "dpo.yaml")
+    (folder / "recipes").mkdir()
+    assert main(["import", "axolotl", "dpo.yaml", "--out", "recipes/dpo.yaml"]) == 0
+    recipe = load_recipe(folder / "recipes" / "dpo.yaml")
+    assert (recipe.model, values(recipe)["datasets"][0]["path"]) == ("../data/base", "../data/pairs.jsonl")
+
+
+def test_hub_data_sets(folder: Path) -> None:
+    text = (HERE / "trl" / "sft_config.yaml").read_text(encoding="utf-8")
+    text = text.replace("data/chat.jsonl", "trl-lib/Capybara\ndataset_config: main\ndataset_train_split: train[:500]")
+    (folder / "x.yaml").write_text(text, encoding="utf-8")
+    done = import_file("trl", "x.yaml", folder / "recipe.yaml", method="sft")
+    assert sorted(fates(done)) == sorted(keys_of(yaml.safe_load(text)))
+    assert "path: trl-lib/Capybara" in done.text and "limit: 500" in done.text
+    assert "name: main" in done.text and not {"dataset_name", "dataset_config"} & lost(done).keys()
