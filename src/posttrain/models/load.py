@@ -78,11 +78,11 @@ def load_policy(source: str, options: LoadOptions = DEFAULT_OPTIONS) -> Policy:
                 f"gradient_checkpointing: true, but {model.config.model_type} cannot.",
                 remedy="Remove it; a smaller micro_batch_tokens also saves memory.",
             )
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     return policy
 
 
-def _checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any) -> None:
     """transformers 6 keeps only the newer name."""
     kwargs = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from posttrain.models.adapters import add_lora
+from posttrain.models.adapters import linear_layers, put_on
 from posttrain.models.attention import ForestUnsupported
-from posttrain.models.load import merged_state
+from posttrain.models.load import checkpoint_activations
+from posttrain.models.merge import merged_state
 from posttrain.models.policy import Policy, disable_dropout
 from posttrain.plan.ledger import Ledger, Span, count_grouped_products
 from posttrain.plan.shape import TRACED_LAYERS, Shape, fake_tensors, give_device, layers_of, use_forest
@@ -36,9 +37,11 @@ class Setup:
     kept: torch.dtype  # of the weights
     compute: torch.dtype
     device: str  # cpu | cuda
-    lora: LoraSettings | None = None
+    adapter: str = "none"  # none | lora | dora | qlora
+    lora: LoraSettings = LoraSettings()
     checkpointing: bool = False
-    dropout: bool = True
+    dropout: bool = True  # preference methods and RL switch it off
+    layout: str = "forest"  # forest | padded
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -63,15 +66,18 @@ class Counts:
     weight_bytes: int  # adapters included
     trainable_bytes: int  # and so many of gradients
     merged_bytes: int  # what saving an adapter's merged model takes beside the weights
+    linear_params: int  # of linear layers other than the output head: what a 4-bit base packs
+    largest_linear: int
 
 
 def count(shape: Shape, setup: Setup) -> Counts:
     """Exact counts of the whole model with its adapter."""
     policy = _policy(shape, setup, None)
+    linear = [shape.whole.get_submodule(name).weight.numel() for name in linear_layers(shape.whole)]
     parameters = list(policy.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     merged = 0
-    if setup.lora is not None:
+    if setup.adapter != "none":
         with Ledger(parameters) as ledger:
             merged_state(policy)
         merged = ledger.peak
@@ -81,6 +87,8 @@ def count(shape: Shape, setup: Setup) -> Counts:
         weight_bytes=sum(map(_size, parameters)),
         trainable_bytes=sum(map(_size, trained)),
         merged_bytes=merged,
+        linear_params=sum(linear),
+        largest_linear=max(linear, default=0),
     )
 
 
@@ -123,10 +131,12 @@ _Run = Callable[[Policy, Ledger, "_Marks"], None]
 
 
 def _trace(shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, *, accumulating: bool) -> Traced:
-    try:
-        return _trace_as(shape, setup, trees, run, "forest", accumulating)
-    except (ForestUnsupported, ValueError, TypeError, AttributeError, LookupError):
-        return _trace_as(shape, setup, trees, run, "padded", accumulating)
+    if setup.layout == "forest":
+        try:
+            return _trace_as(shape, setup, trees, run, "forest", accumulating)
+        except (ForestUnsupported, ValueError, TypeError, AttributeError, LookupError):
+            pass  # as the probe at load would find; the plan says which layout it is for
+    return _trace_as(shape, setup, trees, run, "padded", accumulating)
 
 
 def _trace_as(
@@ -174,11 +184,12 @@ def _policy(shape: Shape, setup: Setup, n_layers: int | None) -> Policy:
     policy = Policy(shape.build(setup.kept, n_layers), None, autocast=setup.autocast)
     if not setup.dropout:
         disable_dropout(policy.model)
-    if setup.lora is not None:
+    if setup.adapter != "none":
+        plain = setup.lora.model_copy(update={"init": "default"})  # the others start from the weights, which are not here
         with torch.device("meta"):
-            add_lora(policy, setup.lora, seed=0)
+            put_on(policy, plain, seed=0, kind=setup.adapter)
     if setup.checkpointing:
-        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(policy.model)
     return policy
 
 

@@ -1,0 +1,115 @@
+"""The first setting to change when a stage does not fit: found by planning the stage again with it.
+
+In the order of what they cost: first what changes nothing but time, then what changes how much is learned at once,
+then what changes what is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from posttrain.errors import PosttrainError
+from posttrain.plan.estimate import Facts, StagePlan, plan_stage
+from posttrain.plan.gpus import GPUS
+from posttrain.plan.rows import rows_of
+from posttrain.plan.target import gpu_target
+from posttrain.recipe import Stage
+from posttrain.settings import GRPOSettings, StageSettings
+from posttrain.settings.preference import DPOSettings, ReferenceSettings
+
+SMALLEST_MICRO = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Settings that were tried, and the peak (bytes) with them."""
+
+    settings: Mapping[str, Any]
+    why: str
+    bytes: int
+    fits: bool
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}: {_shown(value)}" for name, value in self.settings.items())
+
+
+def first_change(facts: Facts, planned: StagePlan) -> list[Change]:
+    """The one setting that alone makes the stage fit; else settings to change together, each on top of those before,
+    up to the first that fits (or all of them, when none does)."""
+    tried: list[Change] = []
+    for settings, why in candidates(planned.stage.settings):
+        change = _try(facts, planned.stage, settings, why)
+        if change is None:
+            continue
+        if change.fits:
+            return [change]
+        if change.bytes < planned.peak.bytes:
+            tried.append(change)
+    together: list[Change] = []
+    merged: dict[str, Any] = {}
+    for change in tried:
+        merged |= change.settings
+        both = _try(facts, planned.stage, dict(merged), change.why)
+        if both is None or (together and both.bytes >= together[-1].bytes):
+            continue
+        together.append(replace(both, settings=change.settings))
+        if both.fits:
+            break
+    return together
+
+
+def candidates(s: StageSettings) -> Iterator[tuple[dict[str, Any], str]]:
+    """Settings that may save memory, in the order in which to give something up."""
+    micro = s.micro_batch_tokens // 2
+    while micro >= SMALLEST_MICRO:
+        yield {"micro_batch_tokens": micro}, "the gradient stays the same; only smaller pieces at a time"
+        micro //= 2
+    if not s.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}, "the gradient stays the same; a third more time"
+    if isinstance(s, DPOSettings) and s.sync_ref_model:
+        yield {"sync_ref_model": False}, "no second copy of the weights while training"
+    if isinstance(s, ReferenceSettings) and not s.precompute_ref_log_probs:
+        yield {"precompute_ref_log_probs": True}, "no second copy of the weights while training"
+    if s.dtype == "float32":
+        yield {"dtype": "bfloat16"}, "half the bytes of activations and frozen weights"
+    if isinstance(s, GRPOSettings):
+        for n in (s.num_generations // 2, 4):
+            if 2 <= n < s.num_generations:
+                yield {"num_generations": n}, "fewer answers per prompt, so noisier advantages"
+        yield {"max_completion_length": s.max_completion_length // 2}, "shorter answers"
+    if s.optim == "adamw":
+        yield {"optim": "adamw_8bit"}, "a quarter of the optimiser's bytes; needs the quant extra"
+    if s.adapter == "none":
+        yield {"adapter": "lora"}, "only an adapter trains: no gradients or optimiser states of the base"
+    if s.adapter in ("none", "lora", "dora"):
+        yield {"adapter": "qlora"}, "the frozen base in 4 bits; needs the quant extra"
+    if not isinstance(s, GRPOSettings):
+        yield {"max_length": s.max_length // 2}, "longer rows are then refused, dropped or cut, as on_overflow says"
+
+
+def smallest_gpu(facts: Facts, planned: StagePlan) -> str | None:
+    """The GPU of the table with the least memory on which the stage fits as it is."""
+    for name in sorted(GPUS, key=lambda name: GPUS[name].memory_gib):
+        target = gpu_target(name)
+        if target.memory < 0.5 * planned.peak.bytes and facts.target.device == "cuda":
+            continue
+        again = plan_stage(replace(facts, target=target), planned.stage, planned.rows)
+        if again.fits(target):
+            return name
+    return None
+
+
+def _try(facts: Facts, stage: Stage, settings: dict[str, Any], why: str) -> Change | None:
+    """None where the settings do not go together, or the architecture cannot."""
+    changed = replace(stage, settings=stage.settings.model_copy(update=settings))
+    try:
+        planned = plan_stage(facts, changed, rows_of(facts.recipe, changed, facts.renderer))
+    except PosttrainError:
+        return None
+    return Change(settings, why, planned.peak.bytes, planned.fits(facts.target))
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
