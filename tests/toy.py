@@ -11,12 +11,13 @@ import torch
 from tiny import VOCABULARY, random_tree, tiny_policy
 
 from posttrain.data.order import batches
-from posttrain.methods import cpo, dpo, grpo, kto, orpo, sft, simpo
+from posttrain.methods import cpo, dpo, grpo, kto, orpo, process_reward_model, reward_model, sft, simpo
 from posttrain.methods.pairs import PairLoss, PairObjective, pair_objective
 from posttrain.methods.stage import Stage
 from posttrain.models.adapters import add_lora
 from posttrain.models.policy import Policy, disable_dropout
 from posttrain.models.reference import Reference
+from posttrain.models.value import ANSWER, STEPS, at_ends, with_score
 from posttrain.records import Completion, Outcome, Score, Task, Tree
 from posttrain.reporting import Reporter
 from posttrain.rewards.mix import MixScore
@@ -28,6 +29,8 @@ from posttrain.settings import (
     KTOSettings,
     LoraSettings,
     ORPOSettings,
+    ProcessRewardModelSettings,
+    RewardModelSettings,
     SFTSettings,
     SimPOSettings,
     StageSettings,
@@ -47,12 +50,17 @@ COMMON: dict[str, Any] = {
 SMOOTH = {"adam_epsilon": 1e-2}
 
 
+SCORING = {"reward_model": ANSWER, "process_reward_model": STEPS}
+
+
 def policy_for(method: str, *, lora: bool = False, dropout: float = 0.1) -> Policy:
     policy = tiny_policy("llama", seed=2)
     if method != "sft":
         disable_dropout(policy.model)
     if lora:
         add_lora(policy, LoraSettings(r=4, dropout=dropout), seed=SEED)
+    if method in SCORING:
+        return with_score(policy, SCORING[method], seed=SEED)
     return policy
 
 
@@ -87,6 +95,18 @@ def kto_objective(policy: Policy, s: KTOSettings, place: Place) -> kto.KTOObject
     trees = [random_tree(i, 2 + i % 5, 1 + 3 * (i % 4)) for i in range(N_ROWS + 2)]
     rated = [kto.RatedTree(tree, i % 3 != 0) for i, tree in enumerate(trees)]
     return kto.kto_objective(stage_in(policy, place), s, rated[:N_ROWS], rated[N_ROWS:])
+
+
+def reward_objective(policy: Policy, s: RewardModelSettings, _place: Place) -> reward_model.ScoreObjective:
+    items = [reward_model.Item(at_ends(tree), (0.1 * (i % 3),)) for i, tree in enumerate(pair_trees())]
+    return reward_model.objective(policy, s, items[:N_ROWS], items[N_ROWS:], _steps(s))
+
+
+def step_objective(policy: Policy, s: ProcessRewardModelSettings, _place: Place) -> reward_model.ScoreObjective:
+    trees = [random_tree(i, 2 + i % 5, 1 + 3 * (i % 4), every=0.4) for i in range(N_ROWS + 2)]
+    items = [reward_model.Item(tree, tuple(float((i + k) % 3 > 0) for k in range(tree.n_scored)))
+             for i, tree in enumerate(trees)]  # fmt: skip
+    return process_reward_model.objective(policy, s, items[:N_ROWS], items[N_ROWS:], _steps(s))
 
 
 def grpo_objective(policy: Policy, s: GRPOSettings, place: Place) -> grpo.GRPOObjective:
@@ -151,6 +171,10 @@ METHODS: dict[str, Method] = {
     "simpo": Method(_settings(SimPOSettings, **_few), of_pairs(simpo.pair_loss)),
     "cpo": Method(_settings(CPOSettings, **_few), of_pairs(cpo.pair_loss)),
     "orpo": Method(_settings(ORPOSettings, **_few), of_pairs(orpo.pair_loss)),
+    "reward_model": Method(
+        _settings(RewardModelSettings, **_few, label_smoothing=0.1, center_rewards_coefficient=0.01), reward_objective
+    ),
+    "process_reward_model": Method(_settings(ProcessRewardModelSettings, **_few), step_objective),
     "grpo": Method(_settings(GRPOSettings, **_rollouts, num_train_epochs=2.0, beta=0.04), grpo_objective),
     "grpo-2": Method(_settings(GRPOSettings, **_rollouts, num_iterations=2), grpo_objective),
 }

@@ -77,6 +77,9 @@ class Pair:
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
     tools: tuple[str, ...] = ()
+    margin: float | None = None  # by how much chosen is better, where the row says it
+    source: str = ""  # where the row says it comes from
+    confidence: float | None = None  # of whoever judged, where the row says it
 
 
 @dataclass(frozen=True, slots=True)

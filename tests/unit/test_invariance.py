@@ -11,7 +11,7 @@ from tiny import gradients, largest_gap
 from posttrain.train.loop import micro_batches
 from posttrain.train.metrics import read_metrics
 
-METHODS = ["sft", "dpo", "dpo-aot", "dpo-weighed", "kto", "orpo", "grpo"]
+METHODS = ["sft", "dpo", "dpo-aot", "dpo-weighed", "kto", "orpo", "reward_model", "process_reward_model", "grpo"]
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -72,10 +72,11 @@ def test_micro_batches_are_cut_by_tokens_longest_first() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_count_is_of_the_whole_step(method: str, tmp_path: Path) -> None:
-    """SFT: scored tokens. Pairs, or rated answers. GRPO: answers with a verdict, left-out groups included."""
+    """Scored tokens, steps, pairs or rated answers. GRPO: answers with a verdict, left-out groups included."""
     policy = toy.policy_for(method)
     objective = toy.METHODS[method].objective(policy, toy.METHODS[method].settings(), toy.place_in(tmp_path))
     batch = objective.batch(0)
     n_unlucky = round(batch.metrics["checker_failed_share"].total) if method == "grpo" else 0
-    expected = {"sft": sum(i.tree.n_scored for i in batch.items), "dpo": 4, "grpo": 4 * 4 - n_unlucky}
+    n_scored = sum(i.tree.n_scored for i in batch.items)
+    expected = {"sft": n_scored, "process_reward_model": n_scored, "dpo": 4, "grpo": 4 * 4 - n_unlucky}
     assert batch.count == expected.get(method, 4)

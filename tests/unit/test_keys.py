@@ -21,6 +21,7 @@ from posttrain.settings import (
     LoraSettings,
     RecipeSettings,
     Retry,
+    ScorerSettings,
     Section,
 )
 
@@ -34,6 +35,7 @@ SECTIONS: tuple[type[Section], ...] = (
     LoraSettings,
     GateSettings,
     Retry,
+    ScorerSettings,
     RecipeSettings,
     SuiteSettings,
     SuiteSampling,

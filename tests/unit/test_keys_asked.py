@@ -29,6 +29,7 @@ from posttrain.settings import (
     LoraSettings,
     RecipeSettings,
     Retry,
+    ScorerSettings,
     Section,
 )
 
@@ -42,6 +43,7 @@ SECTIONS: tuple[type[Section], ...] = (
     LoraSettings,
     GateSettings,
     Retry,
+    ScorerSettings,
     RecipeSettings,
     SuiteSettings,
 )
@@ -71,6 +73,12 @@ def never_asked(sections: tuple[type[Section], ...], asked: Asked) -> list[str]:
     return [f"{s.__name__}.{key}" for s in sections for key in s.model_fields if (s, key) not in asked]
 
 
+def judged_by_a_model(**changes: Any) -> dict[str, Any]:
+    stage = grpo(**changes)
+    stage["grpo"]["rewards"].append({"reward_model": {"model": "reward_model", "weight": 0.5}})
+    return stage
+
+
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     """One run that has everything: a mixture, adapters, held-out rows, gates that keep, and one that sends back."""
@@ -87,6 +95,10 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     )
     back = {"retry": {"stage": "2-sft", "max": 1}}
     clean = {"dedup": {"near": 0.9}, "decontaminate": {"against": ["held-out.jsonl"]}}
+    pairs = [{"prompt": f"Is it {i}?", "chosen": "now", "rejected": "ok"} for i in range(12)]
+    rows(folder / "agrees.jsonl", pairs)
+    (folder / "agrees.yaml").write_text("name: agrees\nkind: pairs\nitems: agrees.jsonl\n")
+    rows(folder / "steps.jsonl", [{"prompt": "Fine?", "steps": ["ok", "now"], "labels": [False, True]}] * 8)
     written = recipe(
         folder,
         sft(datasets=mixed),  # until answers end, and sometimes not: the rewards need spread
@@ -99,7 +111,9 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
             preference(m, **lora, max_length=50 + i, gate=gate("never", on_fail="keep_parent"))
             for i, m in enumerate(("kto", "simpo", "cpo", "orpo"))
         ),
-        grpo(**lora, gate=gate("never", on_fail=back)),
+        preference("reward_model", **lora, max_length=60, gate=gate("agrees", min_gain=-0.9)),
+        preference("process_reward_model", **lora, datasets=[{"path": "steps.jsonl"}]),
+        judged_by_a_model(**lora, gate=gate("never", on_fail=back)),
     )
     with noted() as asked:
         recipe(folder, sft())  # the top of a recipe is asked while it is loaded

@@ -16,6 +16,7 @@ from tiny import tiny_policy
 from posttrain.errors import DoesNotFit
 from posttrain.models.load import choose_layout, load_policy
 from posttrain.models.policy import Policy
+from posttrain.models.reference import Reference
 
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of …")
 FAULTS = [GPU, "cpu", MemoryError()]
@@ -73,6 +74,14 @@ def test_sampling_that_does_not_fit(fault: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Policy, "hidden_forest", lambda *_: refuse(fault))
     with pytest.raises(DoesNotFit, match=r"while sampling 3 answers.*max_completion_length.*now 12; then num_gener"):
         sample(policy, asked)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_reference_that_does_not_fit(lora: bool, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = Reference(toy.policy_for("dpo", lora=lora))
+    monkeypatch.setattr(Policy, "score", lambda *_, **__: refuse(fault))
+    with pytest.raises(DoesNotFit, match=r"while asking the reference.*Lower micro_batch_tokens"):
+        reference.logps([])
 
 
 def test_a_model_that_does_not_fit(fault: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,16 +160,32 @@ def test_other_code_prepares_anew(stage: Stage, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_code_s_fingerprint_reads_every_file_that_prepares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "posttrain" / "data"
-    (package / "deep").mkdir(parents=True)
-    for file in (package / "a.py", package / "deep" / "b.py", tmp_path / "posttrain" / "records.py"):
+    package = tmp_path / "posttrain"
+    (package / "data" / "deep").mkdir(parents=True)
+    monkeypatch.setattr(prepared, "CODE", ("data", "records.py"))
+    for file in (package / "data" / "a.py", package / "data" / "deep" / "b.py", package / "records.py"):
         file.write_text("x = 1\n")
-    monkeypatch.setattr(prepared.posttrain.data, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(prepared.posttrain.data, "__file__", str(package / "data" / "__init__.py"))
     found = {prepared.code_fingerprint.__wrapped__()}
     for file in tmp_path.rglob("*.py"):
         file.write_text("x = 2\n")
         found.add(prepared.code_fingerprint.__wrapped__())
     assert len(found) == 4
+
+
+def test_everything_the_fingerprint_names_is_there() -> None:
+    root = Path(prepared.posttrain.data.__file__).parents[1]
+    assert all((root / part).exists() for part in prepared.CODE)
+
+
+def test_a_stage_that_drops_too_much_leaves_its_ledger(stage: Stage) -> None:
+    """Whoever wants to know why must be able to look."""
+    short = settings().model_copy(update={"max_length": 3, "on_overflow": "drop", "max_drop_rate": 0.1})
+    with pytest.raises(DataError, match="rows"):
+        training_rows(stage, short, "example")
+    kept = (stage.place.directory / ROWS).read_text().splitlines()
+    assert len(kept) == len(TRAIN)
+    assert all('"dropped"' in line for line in kept)
 
 
 def truncated(folder: Path) -> None:

@@ -298,6 +298,21 @@ def test_stages_of_one_method_are_told_apart() -> None:
     assert only_fault(text) == "x.yaml:8: 2-sft.max_steps = 0 must be at least 1."
 
 
+def test_what_is_unusual_is_unusual_for_every_adapter() -> None:
+    def told(adapter: str, lora: str) -> list[str]:
+        text = SFT_HEAD + f"      adapter: {adapter}\n      learning_rate: 0.001\n      lora: {{{lora}}}\n"
+        return [w.split(": sft.")[1] for w in load(text).warnings if ": sft.l" in w]
+
+    for adapter in ("lora", "dora", "qlora"):
+        assert [w.split(" = ")[0] for w in told(adapter, "r: 8")] == ["learning_rate", "lora.r"]
+    assert [w.split(":")[0] for w in told("dora", "r: 64, use_rslora: true")] == [
+        "learning_rate = 0.001 is above the usual 0.0001 to 0.0002"
+    ]
+    assert told("dora", "r: 64, use_rslora: true, alpha: 32")[-1].startswith(
+        "lora.alpha = 32 scales the adapter by 4 where 2 is usual"
+    )
+
+
 def test_warnings_say_why() -> None:
     text = (
         SFT_HEAD
@@ -434,7 +449,8 @@ def test_diff_reads_like_a_sentence() -> None:
 def test_the_schema_knows_every_method_and_refuses_unknown_keys() -> None:
     schema = json_schema()
     methods = [next(iter(choice["properties"])) for choice in schema["properties"]["stages"]["items"]["oneOf"]]
-    assert methods == ["sft", "dpo", "kto", "simpo", "cpo", "orpo", "grpo"]
+    scoring = ["reward_model", "process_reward_model"]
+    assert methods == ["sft", "dpo", "kto", "simpo", "cpo", "orpo", *scoring, "grpo"]
     assert {"name", "model", "stages"} == set(schema["required"])
     assert {"name", "model", "seed", "chat_template", "register", "stages"} == set(schema["properties"])
     assert all(schema["$defs"][name]["additionalProperties"] is False for name in ("SFTSettings", "LoraSettings"))

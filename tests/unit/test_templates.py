@@ -6,11 +6,14 @@ import json
 from dataclasses import replace
 
 import pytest
+from data_help import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from template_help import ANSWERS, CALLS, FAMILIES, RESULT, WEATHER, WITH_TOOLS, renderer_of, scored_texts, texts
 
+from posttrain.data.templates import ChatTemplate
 from posttrain.errors import DataError
+from posttrain.paths import ASSETS
 from posttrain.records import Example, Message, Pair, ToolCall, Tree
 
 SYSTEM = Message("system", "Be brief.")
@@ -340,3 +343,13 @@ def test_any_call(name: str, arguments: dict[str, object], result: str) -> None:
     after_name = scored[0].partition("weather")[2]
     assert json.JSONDecoder().raw_decode(after_name[after_name.index("{") :])[0] == arguments
     assert scored[1].endswith(f"No, 12 degrees.{renderer.template.end}")
+
+
+def test_a_template_with_a_clock_writes_the_same_date_every_day() -> None:
+    """Llama 3's templates ask for today's date; rows prepared on two days must be the same rows."""
+    chatml = (ASSETS / "templates" / "chatml.jinja").read_text(encoding="utf-8")
+    dated = "{{- '<|im_start|>system\nToday is ' + strftime_now('%d %b %Y') + '<|im_end|>\n' -}}" + chatml
+    template = ChatTemplate(byte_tokenizer(), dated)
+    assert "Today is 26 Jul 2024<|im_end|>" in template.render((Message("user", "Hi"),), True)
+    assert "it always writes 26 Jul 2024" in template.notes[0]
+    assert ChatTemplate(byte_tokenizer(), chatml).notes == ()

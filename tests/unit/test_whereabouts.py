@@ -11,7 +11,7 @@ import pytest
 from small_run import rows
 
 from posttrain.cli import main
-from posttrain.data.whereabouts import Seen, ledgers, look_up
+from posttrain.data.whereabouts import Seen, StageLedger, ledgers, look_up
 from posttrain.errors import DataError
 
 
@@ -81,3 +81,9 @@ def test_the_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Next: posttrain" in out
     assert main(["data", "rows", "why", "gsm.jsonl:5", "--home", str(home)]) == 3
     assert "gsm.jsonl has rows 1 to 9" in capsys.readouterr().err
+
+
+def test_a_ledger_that_was_cut_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"id": "a:1", "bucket": "trained", "reason": ""}\n{"id": "a:2", "buck')
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: is no entry of a ledger"):
+        look_up("a:3", [StageLedger("1-sft", tmp_path / "rows.jsonl")])

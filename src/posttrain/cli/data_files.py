@@ -77,9 +77,9 @@ def read_groups(
 def read_stage(stage: Stage, resolve: Callable[[str], Path]) -> Loaded[Any]:
     """The rows a recipe's stage learns from, as its method reads them."""
     from posttrain.data.formats import read
-    from posttrain.records import Example, Judged, Pair, Task
+    from posttrain.records import Example, Judged, Pair, Stepwise, Task
 
-    kinds: dict[str, Any] = {"sft": Example, "grpo": Task, "kto": Judged}
+    kinds: dict[str, Any] = {"sft": Example, "grpo": Task, "kto": Judged, "process_reward_model": Stepwise}
     return read(stage.settings.datasets, resolve, kinds.get(stage.method, Pair))
 
 

@@ -46,6 +46,8 @@ KIND_OF = {
     "simpo": "pair",
     "cpo": "pair",
     "orpo": "pair",
+    "reward_model": "pair",
+    "process_reward_model": "stepwise",
     "grpo": "task",
 }
 # Of a row's text only line breaks and tabs reach the terminal as they are.

@@ -48,6 +48,9 @@ def evaluate(
             remedy=f"Name both: {command_line('compare', 'builtin:tiny-base', model, '--suite', suite, home=home)}",
         )
     found = locate(model, home_folder(home))
+    if judged.kind == "pairs":
+        _evaluate_pairs(found, judged, out, as_json=as_json)
+        return
     results, seconds = _answers(found, judged)
     measured = measure(judged, results)
     if out is not None:
@@ -61,6 +64,28 @@ def evaluate(
         return
     _show_score(found, judged, results, measured, seconds)
     print_next(command_line("compare", "builtin:tiny-base", model, "--suite", suite, home=home))
+
+
+def _evaluate_pairs(found: Located, suite: Suite, out: str | None, *, as_json: bool) -> None:
+    """A reward model on held-out pairs: its accuracy, where it has it, how sure it is, and its biases."""
+    from posttrain.gate.pairs import pair_results, report_of
+    from posttrain.rollout.scorer import open_scorer
+
+    scorer = open_scorer(found.source, found.label)
+    scores = scorer.pairs(suite.pairs)
+    report = report_of(suite.pairs, scores, scorer)
+    if out is not None:
+        from posttrain.gate.answer import write_answers
+
+        write_answers(Path(out), pair_results(suite, scores))
+    if as_json:
+        identity = _identity(found) | {"suite": suite.name, "suite_fingerprint": suite.fingerprint}
+        print_json(identity | report.as_dict())
+        return
+    typer.echo(f"{found.label} on {suite.name}")
+    for line in report.lines():
+        typer.echo(line)
+    print_next(f"posttrain generate MODEL --prompt TEXT --temperature 0.8 --best-of 8 --reward {found.label}")
 
 
 def compare(
@@ -106,11 +131,24 @@ def _answers(found: Located, suite: Suite) -> tuple[list[ItemResult], float]:
     from posttrain.gate.answer import answer_suite
     from posttrain.reporting import Reporter
 
+    if suite.kind == "pairs":
+        return _pair_results(found, suite)
     opened = open_model(found)
     assert isinstance(opened.writer, Renderer), "suites ask through the chat template"
     started = time.monotonic()
     results = answer_suite(opened.policy, opened.writer, suite, found.label, Reporter())
     return results, round(time.monotonic() - started, 2)
+
+
+def _pair_results(found: Located, suite: Suite) -> tuple[list[ItemResult], float]:
+    import time
+
+    from posttrain.gate.pairs import pair_results
+    from posttrain.rollout.scorer import open_scorer
+
+    started = time.monotonic()
+    scorer = open_scorer(found.source, found.label)
+    return pair_results(suite, scorer.pairs(suite.pairs)), round(time.monotonic() - started, 2)
 
 
 def _identity(found: Located) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain import paths
+from posttrain.cli.best_of import Ranked, best_of_option, rank
 from posttrain.cli.common import (
     HomeOption,
     JsonOption,
@@ -36,6 +37,16 @@ PromptsOption = Annotated[
 ]
 RawOption = Annotated[bool, typer.Option("--raw", help="Continue the prompt as plain text, without chat template.")]
 SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Answers per prompt.")]
+BestOfOption = Annotated[
+    int | None,
+    typer.Option("--best-of", min=2, metavar="N", help="Sample N answers and show the one --reward likes best."),
+]
+RewardOption = Annotated[
+    str | None, typer.Option("--reward", metavar="MODEL", help="The reward model of --best-of: a name, or a folder.")
+]
+AggregateOption = Annotated[
+    str, typer.Option("--aggregate", help="How a process reward model's steps become one: min, product or last.")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +70,19 @@ def generate(
     max_new_tokens: MaxNewTokensOption = None,
     seed: SeedOption = 0,
     samples: SamplesOption = 1,
+    best_of: BestOfOption = None,
+    reward: RewardOption = None,
+    aggregate: AggregateOption = "min",
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer prompts with a model, or with --raw continue them as text."""
+    choosing = best_of_option(best_of, reward, aggregate, samples)
+    samples = choosing.n if choosing else samples
     if samples > 1 and temperature == 0.0:
         raise RecipeError(
-            f"--samples {samples} at temperature 0 would be {samples} times the same answer.",
+            f"--{'best-of' if choosing else 'samples'} {samples} at temperature 0 would be {samples} times the same "
+            "answer.",
             remedy="Add --temperature 0.8, say.",
         )
     asked = Asked(temperature, top_p, top_k, max_new_tokens, seed)
@@ -73,8 +90,11 @@ def generate(
     asking = _prompts(prompt or [], prompts)
     opened = open_plain(found) if raw else open_model(found)
     answers, sampling = _answer(opened, asking, asked, samples)
+    ranked = rank(choosing, [p.messages for p in asking], answers, home_folder(home)) if choosing else None
     if as_json:
-        print_json(_as_json(found, asking, answers, sampling, asked))
+        print_json(_as_json(found, asking, answers, sampling, asked, ranked))
+    elif ranked is not None:
+        _show(asking, [[r.completions[r.best]] for r in ranked], [r.told(reward or "") for r in ranked])
     else:
         _show(asking, answers)
     _refuse_failed(asking, answers)
@@ -116,12 +136,13 @@ def _answer(
         return opened.engine.generate(requests, sampling, lambda done, _: task.update(done)), sampling
 
 
-def _show(asking: Sequence[Prompt], answers: Sequence[Sequence[Completion]]) -> None:
+def _show(asking: Sequence[Prompt], answers: Sequence[Sequence[Completion]], told: Sequence[str] | None = None) -> None:
     for number, (prompt, completions) in enumerate(zip(asking, answers, strict=True)):
         typer.echo(typer.style(f"{'' if number == 0 else chr(10)}> {prompt.text}", bold=True))
         for completion in completions:
             typer.echo(completion.text)
-            typer.echo(typer.style(f"[{how_it_ended(completion)}]", dim=True))
+            chosen = f"; {told[number]}" if told else ""
+            typer.echo(typer.style(f"[{how_it_ended(completion)}{chosen}]", dim=True))
 
 
 def how_it_ended(completion: Completion) -> str:
@@ -136,6 +157,7 @@ def _as_json(
     answers: Sequence[Sequence[Completion]],
     sampling: Sampling,
     asked: Asked,
+    ranked: Sequence[Ranked] | None,
 ) -> dict[str, Any]:
     rows = [
         {
@@ -146,8 +168,9 @@ def _as_json(
             "status": completion.status.value,
             "detail": completion.detail,
             "tokens": len(completion.token_ids),
+            **(ranked[number].fields(completion.index) if ranked else {}),
         }
-        for prompt, completions in zip(asking, answers, strict=True)
+        for number, (prompt, completions) in enumerate(zip(asking, answers, strict=True))
         for completion in completions
     ]
     how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}

@@ -10,7 +10,7 @@ from posttrain.data.ledger import Bucket, Entry
 from posttrain.data.length import Lengths, OnOverflow, Overflow, fit, overflow
 from posttrain.data.render import LossOn, Renderer
 from posttrain.data.store import Packed, pack
-from posttrain.records import Example, Judged, Pair, Rated, Row, Task, Tree
+from posttrain.records import Example, Judged, Pair, Rated, Row, Stepwise, Task, Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,10 @@ def _judged(renderer: Renderer, rows: Sequence[Any], _job: Job) -> list[Tree]:
     return [next(pairs) if isinstance(row, Pair) else next(rated) for row in rows]
 
 
+def _stepwise(renderer: Renderer, rows: Sequence[Any], _job: Job) -> list[Tree]:
+    return renderer.stepwise(rows)
+
+
 def _prompts(renderer: Renderer, rows: Sequence[Any], _job: Job) -> list[Tree]:
     """A prompt without branches: its answers are still to be sampled."""
     return [Tree(task.id, renderer.prompt_ids(task.prompt, task.id, task.tools), ()) for task in rows]
@@ -89,5 +93,6 @@ KINDS: dict[str, Kind] = {
     "example": Kind(Example, _examples),
     "pair": Kind(Pair, _pairs),
     "judged": Kind(Judged, _judged),
+    "stepwise": Kind(Stepwise, _stepwise),
     "task": Kind(Task, _prompts),
 }

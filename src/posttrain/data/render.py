@@ -23,10 +23,12 @@ from typing import Any, Literal, get_args
 from posttrain.data.templates import ChatTemplate
 from posttrain.data.turns import Talk, Turn
 from posttrain.errors import DataError
-from posttrain.records import Branch, Example, Message, Pair, Rated, Tree
+from posttrain.records import Branch, Example, Message, Pair, Rated, Stepwise, Tree
 
 LossOn = Literal["assistant", "last_turn", "completion", "all"]
 LOSS_ON: tuple[LossOn, ...] = get_args(LossOn)
+
+STEP_END = "\n"  # between the steps of an answer; part of the step before it
 
 Ids = Mapping[str, tuple[int, ...]]
 
@@ -50,11 +52,12 @@ class Line:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A tree before tokenising. With `scores_context` it has one line, all of which carries loss but the first token,
-    which nothing predicts."""
+    which nothing predicts. With `ends_only` only the last token of each scored piece is marked."""
 
     id: str
     lines: tuple[Line, ...]
     scores_context: bool = False
+    ends_only: bool = False
 
     @property
     def pieces(self) -> Iterable[Piece]:
@@ -120,6 +123,10 @@ class Renderer:
         """One tree a row: the prompt is trunk, the answer its one branch."""
         return self._trees([self._plan_sides(r.id, r.prompt, (r.completion,), r.tools) for r in rows])
 
+    def stepwise(self, rows: Iterable[Stepwise]) -> list[Tree]:
+        """One tree a row: the answer is its one branch, a line a step, and the last token of each step is marked."""
+        return self._trees([self._plan_stepwise(row) for row in rows])
+
     def decode(self, ids: Sequence[int]) -> str:
         """All tokens as text, special tokens included."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -184,6 +191,20 @@ class Renderer:
             talk.refuse_lost([talk.prompt(answers[-1])])
             lines.append(Line(context, found[0].answers))
         return Plan(row_id, tuple(lines))
+
+    def _plan_stepwise(self, row: Stepwise) -> Plan:
+        steps = [step.strip() for step in row.steps]
+        whole = (Message("assistant", STEP_END.join(steps)),)
+        (line,) = self._plan_sides(row.id, row.prompt, (whole,), ()).lines
+        *opening, answer = line.answers
+        pieces: list[Piece] = []
+        done = 0
+        for step in steps[:-1]:
+            end = answer.text.index(step + STEP_END, done) + len(step) + len(STEP_END)
+            pieces.append(Piece(answer.text[done:end], scored=True))
+            done = end
+        pieces.append(Piece(answer.text[done:], scored=True))
+        return Plan(row.id, (Line(line.context, (*opening, *pieces)),), ends_only=True)
 
     def _trees(self, plans: Sequence[Plan]) -> list[Tree]:
         texts = list(dict.fromkeys(piece.text for plan in plans for piece in plan.pieces))
@@ -313,7 +334,7 @@ def _tree(plan: Plan, ids: Ids) -> Tree:
     shared = 1 if plan.scores_context else _shared([context.token_ids for context in contexts])
     branches = []
     for line, context in zip(plan.lines, contexts, strict=True):
-        answers = _flat(line.answers, ids)
+        answers = _flat(line.answers, ids, ends_only=plan.ends_only)
         branch = Branch(
             context.token_ids[shared:] + answers.token_ids,
             context.scored[shared:] + answers.scored,
@@ -334,12 +355,13 @@ def _shared(contexts: Sequence[tuple[int, ...]]) -> int:
     return shared
 
 
-def _flat(pieces: Sequence[Piece], ids: Ids) -> Branch:
+def _flat(pieces: Sequence[Piece], ids: Ids, *, ends_only: bool = False) -> Branch:
     token_ids: list[int] = []
     scored: list[bool] = []
     for piece in pieces:
         token_ids += ids[piece.text]
-        scored += [piece.scored] * len(ids[piece.text])
+        n = len(ids[piece.text])
+        scored += [False] * (n - 1) + [piece.scored] if ends_only else [piece.scored] * n
     return Branch(tuple(token_ids), tuple(scored))
 
 

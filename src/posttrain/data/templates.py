@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from typing import Any
 
@@ -42,6 +43,11 @@ MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 OPENED = re.compile(r"<think>\s*\Z")
 CLOSE = "\n</think>\n\n"
 
+# Templates may write today's date (Llama 3). What a model is trained on must not depend on the day, nor differ from
+# what it is asked with: the clock they see stands still. Llama 3's own templates fall back on this day.
+CLOCK = "strftime_now"
+TODAY = date(2024, 7, 26)
+
 Span = tuple[int, int]
 
 
@@ -57,12 +63,24 @@ class Frame:
     close: str  # ends thinking that the generation prompt opens and a finished answer does not show; "": it opens none
 
 
+def _with_stopped_clock(source: str) -> str:
+    """The template with a macro before it that hides the clock it would ask."""
+    if CLOCK not in source:
+        return source
+    forms = {form: TODAY.strftime(form) for _, form in re.findall(CLOCK + r"\(\s*(['\"])(.+?)\1", source)}
+    known = json.dumps(forms)
+    macro = f"{{%- macro {CLOCK}(form) -%}}{{{{- {known}.get(form, '{TODAY.isoformat()}') -}}}}{{%- endmacro %}}"
+    # A block swallows the line end behind it.
+    return macro + ("\n" if source.startswith("\n") else "") + source
+
+
 class ChatTemplate:
     """Renders conversations with the tokenizer's own Jinja. `has_marks`: it says itself which text is an answer."""
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
         self._tokenizer = tokenizer
         self.source = template_text(tokenizer, template)
+        self._rendered_source = _with_stopped_clock(self.source)
         self.has_marks = MARKS.search(self.source) is not None
         self._control = _control_pattern(tokenizer)
         self._calls_as_text = False
@@ -117,7 +135,7 @@ class ChatTemplate:
             text = self._tokenizer.apply_chat_template(
                 written,
                 tools=schemas,
-                chat_template=self.source,
+                chat_template=self._rendered_source,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
             )
@@ -129,12 +147,19 @@ class ChatTemplate:
         texts, spans = render_jinja_template(
             [written],
             tools=schemas,
-            chat_template=self.source,
+            chat_template=self._rendered_source,
             return_assistant_tokens_mask=True,
             add_generation_prompt=generation_prompt,
             **self._tokenizer.special_tokens_map,
         )
         return texts[0], tuple(spans[0])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user must be told about this template."""
+        if CLOCK not in self.source:
+            return ()
+        return (f"the chat template writes today's date; it always writes {TODAY:%d %b %Y}, in training and after it",)
 
     def _as_dict(self, message: Message) -> dict[str, Any]:
         written = message.as_dict()

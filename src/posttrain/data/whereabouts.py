@@ -86,8 +86,15 @@ def look_up(row_id: str, where: Sequence[StageLedger]) -> list[Seen]:
 
 def _entries(row_id: str, ledger: StageLedger, known: _Known) -> Iterator[Seen]:
     with ledger.path.open(encoding="utf-8") as lines:
-        for line in lines:
-            entry = json.loads(line)
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                raise DataError(
+                    "is no entry of a ledger; the file was cut or edited.",
+                    where=f"{ledger.path}:{number}",
+                    remedy="Run the stage again: it writes its ledger anew.",
+                ) from None
             known.add(entry["id"])
             if entry["id"] == row_id:
                 yield Seen(ledger.stage, entry["bucket"], entry["reason"])

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from posttrain.errors import DataError, PosttrainError, RecipeError
 from posttrain.gate.suites import Suite, is_suite, load_suite
-from posttrain.recipe import Recipe
+from posttrain.recipe import Recipe, Stage
 from posttrain.rewards import mix
 from posttrain.rewards.proof import prove, unproven
-from posttrain.settings import GRPOSettings
+from posttrain.settings import SCORES_ANSWERS, GRPOSettings
+from posttrain.settings.reward import checkers_of
 
 
 def read_ahead(recipe: Recipe) -> dict[str, Suite]:
@@ -19,13 +20,15 @@ def read_ahead(recipe: Recipe) -> dict[str, Suite]:
         s = stage.settings
         if s.gate is not None:
             suites[stage.key] = _suite(recipe, stage.key, s.gate.suite)
+            _refuse_other_kind(recipe, stage, suites[stage.key])
             _refuse_out_of_reach(recipe, stage.key, suites[stage.key], s.gate.min_gain)
         for i, name in enumerate(s.decontaminate.against):
             if is_suite(recipe.resolve(name)):
                 _suite(recipe, stage.key, name, f"decontaminate.against[{i}]")
         if isinstance(s, GRPOSettings):
             try:
-                mix.build(s.rewards).close()
+                if checkers := checkers_of(s.rewards):
+                    mix.build(checkers).close()
             except RecipeError as e:
                 raise RecipeError(e.what, where=f"{_place(recipe, stage.key, e.where)}", remedy=e.remedy) from e
     return suites
@@ -37,7 +40,7 @@ def prove_scores(suites: Mapping[str, Suite]) -> list[str]:
     Raises DataError where scoring fails a right answer or pays for a wrong one.
     """
     doubts = []
-    for suite in {suite.fingerprint: suite for suite in suites.values()}.values():
+    for suite in {suite.fingerprint: suite for suite in suites.values() if suite.score}.values():
         with mix.build(suite.score) as rewards:
             try:
                 proofs = prove(rewards, suite.items)
@@ -55,11 +58,26 @@ def _suite(recipe: Recipe, key: str, name: str, said_by: str = "gate.suite") -> 
         raise
 
 
+def _refuse_other_kind(recipe: Recipe, stage: Stage, suite: Suite) -> None:
+    """Pairs judge what scores answers; everything else judges what writes them."""
+    scores = stage.method in SCORES_ANSWERS
+    if scores == (suite.kind == "pairs"):
+        return
+    made = "scores answers" if scores else "writes answers"
+    raise RecipeError(
+        f"{suite.name} is a suite of kind {suite.kind}, but {stage.method} makes a model that {made}.",
+        where=_place(recipe, stage.key, "gate.suite"),
+        remedy="Judge it on held-out pairs: a suite with kind: pairs."
+        if scores
+        else "Give a suite of kind accuracy or win_rate.",
+    )
+
+
 def _refuse_out_of_reach(recipe: Recipe, key: str, suite: Suite, min_gain: float) -> None:
-    if suite.kind == "win_rate" and min_gain >= 0.5:
+    if suite.kind in ("win_rate", "pairs") and min_gain >= 0.5:
         raise RecipeError(
-            f"min_gain = {min_gain:g} can never be reached: {suite.name} is a win rate, which exceeds one half by at "
-            "most 0.5.",
+            f"min_gain = {min_gain:g} can never be reached: {suite.name} is a share of wins, which exceeds one half by "
+            "at most 0.5.",
             where=_place(recipe, key, "gate.min_gain"),
             remedy="Write how far above one half it must lie, e.g. 0.1 for 60 %.",
         )

@@ -16,6 +16,7 @@ from posttrain.records import GateReport, Interval, Measured, Outcome
 from posttrain.settings import GateSettings, RetryPolicy
 
 MAX_FAILED = 0.05
+GUESSING = "guessing"
 ALPHA = 0.05
 SEED = 20_240_229  # of the bootstrap: the same results always give the same verdict
 _FAILED = (Outcome.CHECKER_FAILED, Outcome.TIMED_OUT)
@@ -69,6 +70,38 @@ def judge(
             for side, results in sides.items()
             for outcome in Outcome
         },
+    )
+
+
+def judge_pairs(
+    suite: Suite, results: Sequence[ItemResult], settings: GateSettings, seconds: float, version: str
+) -> GateReport:
+    """A model that scores answers, against guessing: it has no parent that scores, and a coin is right in half of all
+    pairs."""
+    _check_side(suite, "child", results)
+    outcomes = [_value(suite, r) for r in results]
+    gain = stats.win_rate(outcomes)
+    n, looks = len(outcomes), _looks(settings)
+    after = Measured(sum(outcomes), n, stats.wilson(sum(outcomes), n))
+    reasons, passed = _verdict({"child": results}, gain, after, settings, ALPHA / looks)
+    return GateReport(
+        suite=suite.name,
+        kind=suite.kind,
+        before=Measured(n / 2, n, Interval(0.5, 0.5)),
+        after=after,
+        gain=gain.gain,
+        gain_interval=gain.interval,
+        method=gain.method,
+        p_value=gain.p_value,
+        looks=looks,
+        min_gain=settings.min_gain,
+        min_score=settings.min_score,
+        passed=passed,
+        reasons=tuple(reasons),
+        seconds=seconds,
+        parent_version=GUESSING,
+        child_version=version,
+        counts={f"child_{outcome.value}": sum(r.outcome is outcome for r in results) for outcome in Outcome},
     )
 
 

@@ -2,6 +2,7 @@
 
 name: arith-heldout
 kind: accuracy                          # or win_rate: each of the child's scores against the parent's
+                                        # or pairs: preference pairs on which a reward model is judged, and no more keys
 items: builtin:data/arith-test.jsonl    # or a path relative to this file
 columns: {prompt: question, answer: answer}
 limit: 200
@@ -25,11 +26,12 @@ from posttrain.errors import DataError, PosttrainError
 from posttrain.recipe import read_yaml
 from posttrain.recipe.faults import violations
 from posttrain.recipe.yaml_lines import key_name
-from posttrain.records import Completion, Outcome, Sampling, Status, Task
+from posttrain.records import Completion, Outcome, Pair, Sampling, Status, Task
 from posttrain.rewards import mix
 from posttrain.settings import DatasetSettings, Positive, Section, Share
+from posttrain.settings.reward import is_scorer_entry
 
-Kind = Literal["accuracy", "win_rate"]
+Kind = Literal["accuracy", "win_rate", "pairs"]
 Resolve = Callable[[str], Path]
 ReadTasks = Callable[[Sequence[DatasetSettings], Resolve], Sequence[Task]]
 
@@ -51,7 +53,7 @@ class SuiteSettings(Section):
     items: str
     columns: dict[str, str] = Field(default={})
     limit: Positive | None = None
-    score: list[str | dict[str, Any]] = Field(min_length=1)
+    score: list[str | dict[str, Any]] = Field(default=[])
     must_finish: bool = True
     sampling: SuiteSampling = SuiteSampling()
 
@@ -67,6 +69,7 @@ class Suite:
     must_finish: bool
     sampling: Sampling
     fingerprint: str
+    pairs: tuple[Pair, ...] = ()  # of kind pairs; its items are their prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,8 @@ def load_suite(path: Path, resolve: Resolve, read_tasks: ReadTasks | None = None
     """Read and check a suite file. `resolve` finds the file behind a path or a `builtin:` name."""
     settings = _read_settings(path)
     local = settings.items if settings.items.startswith("builtin:") else str(path.resolve().parent / settings.items)
+    if settings.kind == "pairs":
+        return _pair_suite(path, settings, local, resolve)
     source = DatasetSettings(path=local, format="task", columns=settings.columns, limit=settings.limit)
     try:
         items = tuple((read_tasks or _read_tasks)([source], resolve))
@@ -92,6 +97,13 @@ def load_suite(path: Path, resolve: Resolve, read_tasks: ReadTasks | None = None
         raise
     if not items:
         raise DataError("the suite has no items.", where=str(path), remedy=f"{settings.items} holds no row.")
+    if any(is_scorer_entry(entry) for entry in settings.score):
+        raise DataError(
+            "score names a reward model, but what a suite scores is proved on gold answers, which a model's opinion "
+            "cannot be.",
+            where=str(path),
+            remedy="Score by checkers. A reward model ranks answers with generate --best-of, and pays in grpo.rewards.",
+        )
     try:
         with mix.build(settings.score) as rewards:
             for part in rewards.parts:
@@ -107,6 +119,32 @@ def load_suite(path: Path, resolve: Resolve, read_tasks: ReadTasks | None = None
         must_finish=settings.must_finish,
         sampling=Sampling(**settings.sampling.model_dump()),
         fingerprint=_fingerprint(settings, items),
+    )
+
+
+def _pair_suite(path: Path, settings: SuiteSettings, local: str, resolve: Resolve) -> Suite:
+    from posttrain.data.formats import read_pairs
+
+    source = DatasetSettings(path=local, format="preference", columns=settings.columns, limit=settings.limit)
+    try:
+        loaded = read_pairs([source], resolve)
+    except PosttrainError as e:
+        e.locate(str(path))
+        raise
+    for row in loaded.dropped:
+        raise DataError(f"a suite loses no row, and this one cannot be used: {row.reason}", where=row.id)
+    pairs: tuple[Pair, ...] = loaded.rows
+    items = tuple(Task(pair.id, pair.prompt) for pair in pairs)
+    rows = [[[m.as_dict() for m in side] for side in (p.prompt, p.chosen, p.rejected)] for p in pairs]
+    return Suite(
+        name=settings.name,
+        kind=settings.kind,
+        items=items,
+        score=(),
+        must_finish=False,
+        sampling=Sampling(),
+        fingerprint=_hash(["pairs", rows]),
+        pairs=pairs,
     )
 
 
@@ -151,7 +189,7 @@ def _read_settings(path: Path) -> SuiteSettings:
     if not isinstance(document.data, dict):
         raise DataError("a suite is a section of keys: name, items, score …", where=str(path))
     try:
-        return SuiteSettings.model_validate(document.data, strict=True)
+        settings = SuiteSettings.model_validate(document.data, strict=True)
     except ValidationError as e:
         faults = [
             (document.line_of(at), f"{key_name(at)}{said}") for at, said in violations(e, document.data, SuiteSettings)
@@ -159,10 +197,22 @@ def _read_settings(path: Path) -> SuiteSettings:
         line, first = min(faults)
         more = f" ({len(faults) - 1} more below it.)" if len(faults) > 1 else ""
         raise DataError(f"{first}{more}", where=f"{path}:{line}") from e
+    for key in ("score", "must_finish", "sampling"):
+        if settings.kind == "pairs" and key in settings.model_fields_set:
+            raise DataError(
+                f"{key} is set but never read: of pairs a reward model scores both answers, and samples none.",
+                where=f"{path}:{document.line_of((key,))}",
+                remedy="Remove it.",
+            )
+    return settings
 
 
 def _fingerprint(settings: SuiteSettings, items: Sequence[Task]) -> str:
     meaning = settings.model_dump(include={"kind", "score", "must_finish", "sampling"})
     rows = [[[m.as_dict() for m in item.prompt], item.answer, dict(item.extra)] for item in items]
-    text = json.dumps([meaning, rows], sort_keys=True, ensure_ascii=False, default=str)
+    return _hash([meaning, rows])
+
+
+def _hash(meaning: Any) -> str:
+    text = json.dumps(meaning, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

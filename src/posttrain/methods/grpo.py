@@ -26,9 +26,8 @@ from posttrain.methods.stage import Stage, StageResult
 from posttrain.models.policy import disable_dropout
 from posttrain.models.reference import Reference
 from posttrain.records import Branch, Sampling, Status, Task, Tree
-from posttrain.rewards import mix
-from posttrain.rewards.proof import prove
 from posttrain.rollout.collect import Rollout, collect, figures, refuse_failures
+from posttrain.rollout.judges import Judges, open_judges
 from posttrain.rollout.local import LocalEngine
 from posttrain.seeds import derive_seed
 from posttrain.settings import GRPOSettings
@@ -54,7 +53,7 @@ class GRPOObjective:
     held_out: Sequence[Task]
     prompts: Mapping[str, tuple[int, ...]]  # token ids by task id
     held_out_prompts: Mapping[str, tuple[int, ...]]  # apart: files in different folders may give rows the same id
-    rewards: mix.RewardMix
+    rewards: Judges
     engine: LocalEngine
     reference: Reference | None
     rounds: Sequence[tuple[int, ...]]  # task indices per batch of rollouts
@@ -162,13 +161,14 @@ class GRPOObjective:
 
 def run(stage: Stage, s: GRPOSettings) -> StageResult:
     disable_dropout(stage.policy.model)
-    with mix.build(s.rewards) as rewards:
+    with open_judges(s.rewards, stage.open_scorer) as rewards:
         found = training_rows(stage, s, "task")
         evaluation = evaluation_rows(stage, s, "task")
         prompts, held_out_prompts = _by_id(found), _by_id(evaluation)
         tasks = kept_rows(stage, s.datasets, found, prompts, "task")
         held_out = kept_rows(stage, s.eval_datasets, evaluation, held_out_prompts, "task") if evaluation else []
-        prove(rewards, [*tasks, *held_out])
+        for doubt in rewards.doubts([*tasks, *held_out]):
+            stage.reporter.line(f"{stage.name}: warning: {doubt}")
         n_rounds = math.ceil(s.max_steps / s.num_iterations) if s.max_steps else None
         objective = GRPOObjective(
             stage=stage,

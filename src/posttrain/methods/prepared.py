@@ -12,9 +12,10 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -34,7 +35,7 @@ from posttrain.errors import ArtefactError, DataError
 from posttrain.methods.screens import screening, screens_of
 from posttrain.methods.stage import Stage, StageResult, refuse_beyond_positions
 from posttrain.recipe import canonical_json
-from posttrain.registry.files import verify, write_directory, writing
+from posttrain.registry.files import staged, verify, write_directory, writing
 from posttrain.reporting import Reporter, duration
 from posttrain.settings import DatasetSettings, StageSettings
 from posttrain.train.loop import Trained
@@ -42,7 +43,9 @@ from posttrain.train.loop import Trained
 EVALUATION_ROWS = "rows-eval.jsonl"  # the ledger of eval_datasets, beside that of the training rows
 MIN_ENDING = 0.5  # share of the answers that must end: below, most of them were cut
 SOURCES = "sources"  # in prepared.json, beside the summary
-LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "py3langid")  # what else decides rows and token ids
+# What else decides rows and token ids; Python's own version stands for its Unicode tables.
+LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "py3langid", "pyarrow", "datasets")
+CODE = ("data", "settings", "methods/screens.py", "methods/prepared.py", "records.py", "seeds.py", "intervals.py")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -115,7 +118,8 @@ def kept_rows(
     """The rows whose trees were kept, with what their trees do not hold: gold answers, thumbs. They stay in memory."""
     rows = stream(datasets, stage.resolve, KINDS[kind].row)
     kept = [row for row in rows if not isinstance(row, Dropped) and row.id in ids]
-    _refuse_changed(datasets, rows.sources, [source.sha256 for source in found.sources])
+    first = [source.sha256 for source in found.sources]
+    _refuse_changed(zip(datasets, rows.sources, first, strict=True))
     return kept
 
 
@@ -176,16 +180,25 @@ def _rows(
     with _one_at_a_time(folder, stage.reporter, stage.name):
         found = _found(folder, stage.reporter, stage.name) if wanted.is_pinned else None
         if found is None:
-            write_directory(folder, lambda aside: _fill(aside, stage, s, wanted, screens), replace=True)
+            write_directory(folder, lambda aside: _fill(aside, stage, s, wanted, screens, ledger), replace=True)
             found = _open(folder)
+        else:
+            _keep_ledger(folder / ROWS, stage, ledger)
     refuse_losses(found.counts, s.max_drop_rate)
-    with writing(stage.place.directory):
-        stage.place.directory.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / ROWS, stage.place.directory / ledger)
     return found
 
 
-def _fill(directory: Path, stage: Stage, s: StageSettings, wanted: Wanted, screens: Sequence[Screen]) -> None:
+def _keep_ledger(rows: Path, stage: Stage, name: str) -> None:
+    """Where every row ended, beside the stage's other files; also of a stage that stops here."""
+    final = stage.place.directory / name
+    with staged(final) as scratch, writing(final):
+        shutil.copyfile(rows, scratch / name)
+        (scratch / name).replace(final)
+
+
+def _fill(
+    directory: Path, stage: Stage, s: StageSettings, wanted: Wanted, screens: Sequence[Screen], ledger: str
+) -> None:
     """Prepare into a directory that nobody sees yet."""
     rows = stream(wanted.datasets, stage.resolve, KINDS[wanted.job.kind].row)
     began = time.monotonic()
@@ -198,7 +211,13 @@ def _fill(directory: Path, stage: Stage, s: StageSettings, wanted: Wanted, scree
         summary = prepare(
             rows, screens, stage.renderer, wanted.job, directory, processes=s.dataset_num_proc, progress=progress
         )
-    _refuse_changed(wanted.datasets, rows.sources, wanted.content)
+    _keep_ledger(directory / ROWS, stage, ledger)
+    # What is streamed was hashed only while it passed.
+    _refuse_changed(
+        (d, source, known)
+        for d, source, known in zip(wanted.datasets, rows.sources, wanted.content, strict=True)
+        if not d.streaming
+    )
     refuse_losses(summary.counts, s.max_drop_rate)
     summary.write(directory, **{SOURCES: [asdict(source) for source in rows.sources]})
     counts, rates = summary.counts, _rates(summary.counts.n_rows, summary.n_tokens, time.monotonic() - began)
@@ -231,12 +250,14 @@ def _found(folder: Path, reporter: Reporter, name: str) -> Prepared | None:
     return found
 
 
-def _refuse_changed(datasets: Sequence[DatasetSettings], sources: Sequence[Source], content: Sequence[str]) -> None:
-    """The rows must come from the very bytes that the hash stands for; a stream is hashed only while it passes."""
-    for dataset, source, expected in zip(datasets, sources, content, strict=True):
-        if source.sha256 != expected and not dataset.streaming:
+def _refuse_changed(read: Iterable[tuple[DatasetSettings, Source, str]]) -> None:
+    """The rows must come from the very bytes that the hash stands for."""
+    for dataset, source, expected in read:
+        if source.sha256 != expected:
             raise DataError(
-                "the file changed while it was read.",
+                "the stream gave other rows the second time."
+                if dataset.streaming
+                else "the file changed while it was read.",
                 where=source.path,
                 remedy="Run again when nothing writes to it any more.",
             )
@@ -259,10 +280,13 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 @cache
 def code_fingerprint() -> str:
     """Hash of the code that prepares: ours line by line, and the versions of the libraries it stands on."""
-    package = Path(posttrain.data.__file__).parent
-    files = [*sorted(package.rglob("*.py")), package.parent / "records.py"]
-    parts = [(file.relative_to(package.parent).as_posix(), file.read_text(encoding="utf-8")) for file in files]
-    return hashlib.sha256(json.dumps([parts, [(name, _version(name)) for name in LIBRARIES]]).encode()).hexdigest()
+    package = Path(posttrain.data.__file__).parents[1]
+    files = sorted(
+        file for part in CODE for file in ([package / part] if part.endswith(".py") else (package / part).rglob("*.py"))
+    )
+    parts = [(file.relative_to(package).as_posix(), file.read_text(encoding="utf-8")) for file in files]
+    versions = [(name, _version(name)) for name in LIBRARIES]
+    return hashlib.sha256(json.dumps([parts, versions, sys.version]).encode()).hexdigest()
 
 
 def _version(package: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from posttrain.methods import cpo, dpo, grpo, kto, orpo, sft, simpo
+from posttrain.methods import cpo, dpo, grpo, kto, orpo, process_reward_model, reward_model, sft, simpo
 from posttrain.methods.stage import Stage, StageResult
 
 METHODS: dict[str, Callable[..., StageResult]] = {
@@ -14,6 +14,8 @@ METHODS: dict[str, Callable[..., StageResult]] = {
     "simpo": simpo.run,
     "cpo": cpo.run,
     "orpo": orpo.run,
+    "reward_model": reward_model.run,
+    "process_reward_model": process_reward_model.run,
     "grpo": grpo.run,
 }
 

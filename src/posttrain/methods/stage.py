@@ -13,6 +13,8 @@ from posttrain.data.render import Renderer
 from posttrain.errors import ModelError
 from posttrain.models.policy import Policy
 from posttrain.reporting import Reporter
+from posttrain.rollout.scorer import Scorer
+from posttrain.settings import ScorerSettings
 from posttrain.train.loop import Place, Trained
 
 
@@ -28,6 +30,7 @@ class Stage:
     held_out: Sequence[Document]  # evaluation items: never to be trained on
     reference: Callable[[], Policy] | None = None  # loads the reference where it is not the model the stage starts from
     home: Path | None = None  # None: the stage keeps everything to itself
+    open_scorer: Callable[[ScorerSettings], Scorer] | None = None  # loads a reward model that is among the rewards
 
     @property
     def name(self) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,7 @@ def put_on(policy: Policy, lora: LoraSettings, *, seed: int, kind: str) -> Adapt
         ensure_weight_tying=tied and _name_of(model, model.get_input_embeddings()) in saved,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out")  # peft sets it itself, per layer
+    with torch.random.fork_rng(), _without_pefts_asides():
         torch.manual_seed(seed)
         policy.adapter = get_peft_model(model, config)
     _refuse_otherwise(model, targets, tied)
@@ -120,7 +120,8 @@ def load_adapter(policy: Policy, directory: Path) -> None:
             raise ModelError(
                 f"is a {config.peft_type} adapter; only LoRA and DoRA can be opened.", where=str(directory)
             )
-        policy.adapter = PeftModel.from_pretrained(policy.model, str(directory))
+        with _without_pefts_asides():
+            policy.adapter = PeftModel.from_pretrained(policy.model, str(directory))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as e:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".")
         raise ModelError(
@@ -129,6 +130,15 @@ def load_adapter(policy: Policy, directory: Path) -> None:
             remedy="Name the model it was trained on with --base.",
         ) from e
     policy.model.eval()
+
+
+@contextmanager
+def _without_pefts_asides() -> Iterator[None]:
+    """What peft says of its own doing and a recipe cannot change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out")  # it sets that itself, per layer
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # it asks under the old name
+        yield
 
 
 # --- where adapters sit ------------------------------------------------------------------------------------------

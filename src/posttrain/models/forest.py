@@ -67,10 +67,11 @@ class AttentionGroup:
 
 @dataclass(frozen=True, slots=True)
 class LossTable:
-    """The N scored positions. `hidden_index_N[i]` is the token whose hidden state predicts `target_N[i]`, and
-    `branch_N[i]` the branch it belongs to, branches counted over the whole batch."""
+    """The N scored positions. `hidden_index_N[i]` is the token whose hidden state predicts `target_N[i]`, which itself
+    stands at `own_index_N[i]`; `branch_N[i]` is the branch it belongs to, branches counted over the whole batch."""
 
     hidden_index_N: Tensor
+    own_index_N: Tensor
     target_N: Tensor
     branch_N: Tensor
     n_branches: int
@@ -116,6 +117,7 @@ def build_forest(
     """Lay trees end to end. With `share_trunks=False` every branch gets its own copy of the trunk (the slow twin)."""
     row = _Row()
     hidden_index: list[Ints] = []
+    own_index: list[Ints] = []
     for tree in trees:
         n_trunk = len(tree.trunk_ids)
         shared = share_trunks and len(tree.branches) != 1
@@ -130,9 +132,11 @@ def build_forest(
                 row.attend(start, len(branch.token_ids), trunk_start, n_trunk)
             else:
                 row.attend(trunk_start, n_trunk + len(branch.token_ids))
+            scored = np.flatnonzero(np.array(branch.scored, dtype=bool))
             before = np.arange(start - 1, start - 1 + len(branch.token_ids))
             before[:1] = trunk_start + n_trunk - 1
-            hidden_index.append(before[np.array(branch.scored, dtype=bool)])
+            hidden_index.append(before[scored])
+            own_index.append(start + scored)
     groups = tuple(_group(g, device) for g in _bucket(row.attention))
     query_index = torch.cat([g.query_index_RQ.flatten() for g in groups])
     real = torch.cat([g.valid_RQ.flatten() for g in groups]).nonzero().squeeze(1)
@@ -145,19 +149,21 @@ def build_forest(
         query_index=query_index,
         key_index=torch.cat([g.key_index_RK.flatten() for g in groups]),
         place_T=place_T,
-        table=loss_table(trees, hidden_index, device),
+        table=loss_table(trees, hidden_index, own_index, device),
     )
 
 
-def loss_table(trees: Sequence[Tree], hidden_index: Sequence[Ints], device: torch.device | str) -> LossTable:
-    """The table for `hidden_index`: per branch, in tree order, the hidden state for each of its scored tokens."""
+def loss_table(
+    trees: Sequence[Tree], hidden_index: Sequence[Ints], own_index: Sequence[Ints], device: torch.device | str
+) -> LossTable:
+    """The table for two places of each scored token, per branch and in tree order: the one before it, and its own."""
     branches = [b for t in trees for b in t.branches]
     if unpredicted := [t.id for t in trees for b in t.branches if not t.trunk_ids and b.scored[:1] == (True,)]:
         raise ValueError(f"{unpredicted[0]}: the first token of a tree without a trunk has nothing to predict it")
     targets = [np.array(b.token_ids, dtype=np.int64)[np.array(b.scored, dtype=bool)] for b in branches]
     branch_of = np.repeat(np.arange(len(branches)), [len(part) for part in targets])
-    hidden_N, target_N = (_joined(parts).to(device) for parts in (hidden_index, targets))
-    return LossTable(hidden_N, target_N, torch.from_numpy(branch_of).to(device), len(branches))
+    hidden_N, own_N, target_N = (_joined(parts).to(device) for parts in (hidden_index, own_index, targets))
+    return LossTable(hidden_N, own_N, target_N, torch.from_numpy(branch_of).to(device), len(branches))
 
 
 def _joined(parts: Sequence[Ints]) -> Tensor:

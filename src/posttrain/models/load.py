@@ -40,6 +40,22 @@ DEFAULT_OPTIONS = LoadOptions()
 
 def load_policy(source: str, options: LoadOptions = DEFAULT_OPTIONS) -> Policy:
     """Load weights and tokenizer from a directory or a Hub name. Trained weights are kept in float32."""
+    from transformers import AutoModelForCausalLM
+
+    policy = read_model(source, options, AutoModelForCausalLM)
+    choose_layout(policy, options.forest)
+    if options.gradient_checkpointing:
+        if not policy.model.supports_gradient_checkpointing:
+            raise ModelError(
+                f"gradient_checkpointing: true, but {policy.model.config.model_type} cannot.",
+                remedy="Remove it; a smaller micro_batch_tokens also saves memory.",
+            )
+        checkpoint_activations(policy.model)
+    return policy
+
+
+def read_model(source: str, options: LoadOptions, loader: Any) -> Policy:
+    """Weights and tokenizer through a transformers loader class; the layout of its batches is not chosen yet."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,7 +67,7 @@ def load_policy(source: str, options: LoadOptions = DEFAULT_OPTIONS) -> Policy:
     hub.reach(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = loader.from_pretrained(
             source, dtype=kept, output_loading_info=True, ignore_mismatched_sizes=True, **quantised
         )
         model.to(device).eval()
@@ -62,6 +78,11 @@ def load_policy(source: str, options: LoadOptions = DEFAULT_OPTIONS) -> Policy:
             f"model {source!r} cannot be loaded: {_first_line(e).rstrip('.')}.",
             remedy="Give a model folder, a Hub name you have access to, or builtin:tiny-base.",
         ) from e
+    if loader is AutoModelForCausalLM and is_scorer(model.config):
+        raise ModelError(
+            f"{source} is a reward model: it scores answers and writes none.",
+            remedy="Name a language model here. Reward models belong into rewards, into suites, or behind --reward.",
+        )
     _refuse_invented_weights(source, found)
     if options.quantised:
         refuse_unquantised(model)
@@ -71,15 +92,12 @@ def load_policy(source: str, options: LoadOptions = DEFAULT_OPTIONS) -> Policy:
     policy = Policy(model, tokenizer, autocast=compute if compute != kept else None)
     if unused := sorted(found["unexpected_keys"]):
         policy.notes.append(f"{source} holds weights without a place in this model: {len(unused)}, e.g. {unused[0]}")
-    choose_layout(policy, options.forest)
-    if options.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise ModelError(
-                f"gradient_checkpointing: true, but {model.config.model_type} cannot.",
-                remedy="Remove it; a smaller micro_batch_tokens also saves memory.",
-            )
-        checkpoint_activations(model)
     return policy
+
+
+def is_scorer(config: Any) -> bool:
+    """Whether a saved model has a score in place of its output layer."""
+    return any("SequenceClassification" in name for name in getattr(config, "architectures", None) or ())
 
 
 def checkpoint_activations(model: Any) -> None:

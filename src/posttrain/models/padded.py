@@ -29,11 +29,14 @@ def build_padded(trees: Sequence[Tree], device: torch.device | str = "cpu") -> P
     longest = max(len(trunk) + len(b.token_ids) for trunk, b in rows)
     token_ids_BL = torch.zeros(len(rows), longest, dtype=torch.long)
     mask_BL = torch.zeros_like(token_ids_BL)
-    hidden_index = []
+    hidden_index, own_index = [], []
     for i, (trunk, branch) in enumerate(rows):
         ids = (*trunk, *branch.token_ids)
         token_ids_BL[i, : len(ids)] = torch.tensor(ids)
         mask_BL[i, : len(ids)] = 1
         before = i * longest + len(trunk) - 1
-        hidden_index.append(before + np.flatnonzero(np.array(branch.scored, dtype=bool)))
-    return PaddedBatch(token_ids_BL.to(device), mask_BL.to(device), loss_table(trees, hidden_index, device))
+        scored = np.flatnonzero(np.array(branch.scored, dtype=bool))
+        hidden_index.append(before + scored)
+        own_index.append(before + 1 + scored)
+    table = loss_table(trees, hidden_index, own_index, device)
+    return PaddedBatch(token_ids_BL.to(device), mask_BL.to(device), table)

@@ -126,7 +126,8 @@ def shell(model: Any) -> Any:
     del config.quantization_config
     with torch.device("meta"):
         empty = type(model)(config)
-    empty.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):  # models that score have none
+        empty.generation_config = model.generation_config
     return empty
 
 

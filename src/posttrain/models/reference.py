@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from posttrain.models.forest import LossTable
 from posttrain.models.load import weights_fingerprint
+from posttrain.models.memory import must_fit
 from posttrain.models.policy import Policy
 from posttrain.records import Tree
 
@@ -42,10 +44,8 @@ class Reference:
     @torch.no_grad()
     def logps(self, trees: Sequence[Tree], *, temperature: float = 1.0) -> tuple[Tensor, LossTable]:
         """Log-probabilities of the scored tokens, (N,), without gradients."""
-        if not self._shared:
-            scored, table = self._policy.score(trees, temperature=temperature)
-            return scored.logp_N, table
-        with self._policy.adapter_off():
+        asked_of = self._policy.adapter_off() if self._shared else nullcontext()
+        with must_fit("asking the reference", "Lower micro_batch_tokens."), asked_of:
             scored, table = self._policy.score(trees, temperature=temperature)
         return scored.logp_N, table
 

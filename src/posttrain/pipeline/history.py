@@ -12,6 +12,7 @@ from posttrain.errors import GateRefused, PosttrainError
 from posttrain.gate.ahead import prove_scores, read_ahead
 from posttrain.models.quantised import NOT_QLORA, QLORA, bitsandbytes
 from posttrain.pipeline.identity import Parent, base_parent, template_of
+from posttrain.pipeline.scoring import is_scoring
 from posttrain.pipeline.stage import Run, StageOutcome, run_stage
 from posttrain.recipe import Recipe, Stage, diff
 from posttrain.records import ArtefactRef
@@ -144,6 +145,9 @@ def _refuse_unless_kept(r: Run, stage: Stage, outcome: StageOutcome, sent_back: 
 def _promote(r: Run, outcomes: list[StageOutcome], last: Parent) -> StageOutcome | None:
     """The model the walk ended with becomes champion, if a gate said so."""
     ended_with = next((o for o in reversed(outcomes) if o.accepted and o.artefact == last.ref), None)
+    if ended_with is None and all(is_scoring(stage) for stage in r.recipe.stages):
+        r.reporter.line("nothing promoted as a model that answers: every stage makes one that scores")
+        return None
     if ended_with is None:
         verdicts = "; ".join(f"{o.key}: {' '.join(o.report.reasons)}" for o in outcomes if o.report is not None)
         raise GateRefused(

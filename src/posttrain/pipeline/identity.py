@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from posttrain import paths
 from posttrain.data.sources import content_hash
@@ -134,11 +136,13 @@ def stage_fingerprint(
     template: str | None,
     seed: int,
     reference: Parent | None = None,
+    scorers: Sequence[str] = (),
 ) -> str:
     """What the stage makes. What its gate asks of the result is not part of it; the gate's items are, because
-    training rows are compared with them."""
+    training rows are compared with them. `scorers`: fingerprints of the reward models among its rewards."""
     s = stage.settings
-    another = {} if reference in (None, parent) else {"reference": reference.fingerprint}
+    another: dict[str, Any] = {} if reference in (None, parent) else {"reference": reference.fingerprint}
+    another |= {"scorers": list(scorers)} if scorers else {}
     return fingerprint(
         another
         | {

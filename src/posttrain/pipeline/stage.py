@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from posttrain.methods.registry import Stage as MethodStage
 from posttrain.models.adapters import add_lora
 from posttrain.models.load import LoadOptions, load_policy, save_policy, saved_differs, weights_fingerprint
 from posttrain.models.policy import Policy
+from posttrain.models.value import save_scorer, saved_scorer_differs
+from posttrain.pipeline import scoring
 from posttrain.pipeline.answers import Answers
 from posttrain.pipeline.held_out import held_out
 from posttrain.pipeline.identity import Parent, reference_of, stage_fingerprint, stage_seed
@@ -48,6 +50,7 @@ class Run:
     store: ModelStore
     template: str | None
     suites: Mapping[str, Suite]  # by stage key
+    scorers: dict[str, ArtefactRef] = field(default_factory=dict)  # reward models accepted so far, by stage key
 
     @property
     def directory(self) -> Path:
@@ -77,6 +80,7 @@ class StageRun:
     seed: int
     meaning: str
     reference: Parent  # what log-ratios are measured against; most often the parent
+    reward_models: Mapping[str, scoring.RewardModel] = field(default_factory=dict)  # by the name the recipe gives them
 
     @property
     def key(self) -> str:
@@ -96,7 +100,11 @@ class StageRun:
 
     @property
     def artefact(self) -> Path:
-        return self.run.home / "artefacts" / self.run.recipe.register / self.version
+        return self.run.home / "artefacts" / self.register / self.version
+
+    @property
+    def register(self) -> str:
+        return scoring.registry_name(self.run.recipe, self.stage)
 
     @property
     def options(self) -> LoadOptions:
@@ -122,8 +130,10 @@ def run_stage(r: Run, stage: Stage, parent: Parent, attempt: int) -> tuple[Stage
     suite = r.suites.get(stage.key)
     seed = stage_seed(r.recipe, stage, attempt)
     reference = reference_of(r.recipe, stage, parent, r.home)
-    meaning = stage_fingerprint(r.recipe, stage, parent, suite, r.template, seed, reference)
-    sr = StageRun(r, stage, parent, suite, seed, meaning, reference)
+    models = scoring.reward_models(r.recipe, stage, r.home, r.scorers)
+    prints = [model.fingerprint for model in models.values()]
+    meaning = stage_fingerprint(r.recipe, stage, parent, suite, r.template, seed, reference, prints)
+    sr = StageRun(r, stage, parent, suite, seed, meaning, reference, models)
     if sr.artefact.exists():
         sr.say(f"finished before, as {sr.version}")
     else:
@@ -133,6 +143,11 @@ def run_stage(r: Run, stage: Stage, parent: Parent, attempt: int) -> tuple[Stage
     version = _register(sr, ref, report)
     accepted = report is None or report.passed
     outcome = StageOutcome(stage.key, ref, report, accepted, version, time.monotonic() - started)
+    if scoring.is_scoring(stage):
+        r.scorers.pop(stage.key, None)
+        if accepted:
+            r.scorers[stage.key] = ref
+        return outcome, parent
     taught = stage.method in TEACHES_ANSWERS
     had_sft = parent.had_sft or (accepted and taught)
     return outcome, Parent(str(sr.artefact), ref, had_sft, None if taught else parent.sft or parent)
@@ -156,14 +171,17 @@ def _train_and_save(sr: StageRun) -> None:
     policy = load_policy(sr.parent.source, replace(sr.options, quantised=s.adapter == "qlora"))
     renderer = _renderer(sr, policy)
     _refuse_other_template(sr.parent, renderer)
-    for note in policy.notes:
+    for note in (*policy.notes, *renderer.template.notes):
         sr.say(note)
     # While the parent is loaded, and not in 4 bits: the verdict needs its answers.
-    if sr.suite is not None and s.adapter != "qlora":
+    scores = scoring.is_scoring(sr.stage)
+    if sr.suite is not None and s.adapter != "qlora" and not scores:
         sr.answers(sr.suite).of_loaded(policy, renderer, sr.parent.fingerprint, str(sr.parent.ref))
     if s.adapter != "none":
         for line in add_lora(policy, s.lora, seed=derive_seed(sr.seed, "adapter"), kind=s.adapter).lines():
             sr.say(line)
+    if scores:
+        policy = scoring.made_to_score(policy, sr.stage, derive_seed(sr.seed, "score"))
     started_from = weights_fingerprint(policy, merged=True)
     recipe = sr.run.recipe
     method = MethodStage(
@@ -175,16 +193,22 @@ def _train_and_save(sr: StageRun) -> None:
         held_out(recipe, s, sr.suite),
         reference=_reference_loader(sr),
         home=sr.run.home,
+        open_scorer=scoring.opener(sr.reward_models, s.dtype),
     )
     result = METHODS[sr.stage.method](method, s)
 
+    found = scoring.figures(policy, renderer, sr.suite, sr.key, sr.run.reporter) if scores else {}
+
     def save(directory: Path) -> None:
-        save_policy(policy, directory, stop_token_ids=renderer.stop_token_ids, base=str(sr.parent.ref))
+        if scores:
+            save_scorer(policy, directory, stop_token_ids=renderer.stop_token_ids)
+        else:
+            save_policy(policy, directory, stop_token_ids=renderer.stop_token_ids, base=str(sr.parent.ref))
         for ledger in filter(Path.exists, (sr.place.directory / ROWS, sr.place.directory / EVALUATION_ROWS)):
             shutil.copyfile(ledger, directory / ledger.name)
         _prove_saved(sr, policy, directory, started_from)
 
-    save_artefact(sr.artefact, _manifest(sr, renderer, result), save, sr.place.metrics)
+    save_artefact(sr.artefact, _manifest(sr, renderer, result, found), save, sr.place.metrics)
     sr.say(f"{result.trained.steps} steps in {duration(result.trained.seconds)}, saved as {sr.version}")
 
 
@@ -222,7 +246,8 @@ def _refuse_other_template(parent: Parent, renderer: Renderer) -> None:
 
 def _prove_saved(sr: StageRun, policy: Policy, directory: Path, started_from: str) -> None:
     """Before the artefact gets its name: what was written is what was trained, and is not what training began with."""
-    if why := saved_differs(policy, directory, sr.settings.dtype):
+    differs = saved_scorer_differs if scoring.is_scoring(sr.stage) else saved_differs
+    if why := differs(policy, directory, sr.settings.dtype):
         raise ArtefactError(
             f"the saved model is not the trained one: {why}.", where=str(sr.artefact), remedy="Report this."
         )
@@ -235,10 +260,10 @@ def _prove_saved(sr: StageRun, policy: Policy, directory: Path, started_from: st
         )
 
 
-def _manifest(sr: StageRun, renderer: Renderer, result: StageResult) -> Manifest:
+def _manifest(sr: StageRun, renderer: Renderer, result: StageResult, found: Mapping[str, float]) -> Manifest:
     timeless = {k: v for k, v in result.trained.metrics.items() if "second" not in k}
     return Manifest(
-        name=sr.run.recipe.register,
+        name=sr.register,
         version=sr.version,
         stage=sr.key,
         method=sr.stage.method,
@@ -254,7 +279,7 @@ def _manifest(sr: StageRun, renderer: Renderer, result: StageResult) -> Manifest
         template_fingerprint=renderer.fingerprint,
         stop_token_ids=renderer.stop_token_ids,
         versions=current_versions(),
-        metrics=timeless,
+        metrics=timeless | dict(found),
         created=now_utc(),
     )
 
@@ -280,6 +305,10 @@ def _verdict(sr: StageRun, ref: ArtefactRef) -> GateReport | None:
 def _judge(sr: StageRun, child: ArtefactRef, suite: Suite) -> GateReport:
     """Both sides on the same items. The child is loaded from disk: what is judged is what would be served."""
     assert sr.settings.gate is not None
+    if scoring.is_scoring(sr.stage):
+        report, results = scoring.judged(child, sr.stage, suite, sr.run.template)
+        write_answers(sr.place.directory / "answers.jsonl", results)
+        return report
     began = time.monotonic()
     answers = sr.answers(suite)
     before = answers.of(sr.parent.source, sr.parent.fingerprint, str(sr.parent.ref), sr.options)
@@ -299,11 +328,14 @@ def _register(sr: StageRun, ref: ArtefactRef, report: GateReport | None) -> int 
     metrics: dict[str, Any] = dict(series)
     if report is not None:
         metrics |= {"gate_before": report.before.value, "gate_after": report.after.value, "gate_gain": report.gain}
-    store, name = sr.run.store, sr.run.recipe.register
+    store, name = sr.run.store, sr.register
     params, tags = sr.stage.as_dict(), {"artefact": str(ref)}
     run_id = store.log_run(sr.run.recipe.name, sr.key, key=ref.fingerprint, params=params, metrics=metrics, tags=tags)
     if report is None or not report.passed:
         return None
     version = store.register(name, ref, run_id)
     store.set_alias(name, CANDIDATE, version)
+    if scoring.is_scoring(sr.stage):  # nothing comes after it under this name
+        store.promote(name, version)
+        sr.say(f"registered {name} version {version} as champion")
     return version

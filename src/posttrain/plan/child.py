@@ -13,25 +13,27 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from posttrain.data.render import Renderer
-from posttrain.errors import PosttrainError
+from posttrain.errors import PosttrainError, RecipeError
 from posttrain.gate.ahead import read_ahead
 from posttrain.methods import grpo
 from posttrain.methods.kto import KTOObjective
 from posttrain.methods.pairs import PairObjective
 from posttrain.methods.registry import METHODS
+from posttrain.methods.reward_model import ScoreObjective
 from posttrain.methods.registry import Stage as MethodStage
 from posttrain.methods.sft import SFTObjective
 from posttrain.models.adapters import add_lora
 from posttrain.models.load import load_policy, save_policy, saved_differs, weights_fingerprint
 from posttrain.models.policy import Policy
-from posttrain.pipeline import model_source
+from posttrain.models.value import save_scorer, saved_scorer_differs
+from posttrain.pipeline import model_source, scoring
 from posttrain.pipeline.held_out import held_out
 from posttrain.pipeline.identity import template_of
 from posttrain.pipeline.stage import load_options
@@ -40,7 +42,8 @@ from posttrain.recipe import Recipe, Stage, load_recipe
 from posttrain.records import Branch, Request as SampleRequest, Sampling, Tree
 from posttrain.reporting import Reporter
 from posttrain.seeds import derive_seed
-from posttrain.settings import StageSettings
+from posttrain.rollout.judges import scorer_settings
+from posttrain.settings import GRPOSettings, StageSettings
 from posttrain.train import loop
 from posttrain.train.loop import Place, Trained, micro_batches
 from posttrain.train.metrics import read_metrics
@@ -165,6 +168,8 @@ def trees_of(objective: Any) -> Sequence[Tree]:
         return objective.trees
     if isinstance(objective, KTOObjective):
         return [row.tree for row in objective.rows.rated]
+    if isinstance(objective, ScoreObjective):
+        return [item.tree for item in objective.items]
     raise AssertionError(f"the planner does not know where {type(objective).__name__} keeps its rows")
 
 
@@ -215,8 +220,6 @@ def measure(recipe: Recipe, stage: Stage, home: Path, watch: Watch, folder: Path
     watch.begin("load")
     source = model_source(recipe.model, recipe, home)
     options = load_options(s)
-    from dataclasses import replace
-
     policy = load_policy(source, replace(options, quantised=s.adapter == "qlora"))
     renderer = Renderer(policy.tokenizer, template_of(recipe))
     if s.adapter != "none":
@@ -226,7 +229,20 @@ def measure(recipe: Recipe, stage: Stage, home: Path, watch: Watch, folder: Path
     place = Place(folder / "run", recipe.seed, stage.key)
     place.directory.mkdir(parents=True)
     reporter = Reporter(quiet=True)
-    method = MethodStage(policy, renderer, recipe.resolve, place, reporter, held_out(recipe, s, suite), home=folder)
+    scores = scoring.is_scoring(stage)
+    if scores:
+        policy = scoring.made_to_score(policy, stage, seed=0)
+    judges = scoring.opener(_reward_models(recipe, stage, home), s.dtype)
+    method = MethodStage(
+        policy,
+        renderer,
+        recipe.resolve,
+        place,
+        reporter,
+        held_out(recipe, s, suite),
+        home=folder,
+        open_scorer=judges,
+    )
     token = loop.INSTEAD.set(_instead(watch))
     try:
         METHODS[stage.method](method, s)
@@ -235,12 +251,25 @@ def measure(recipe: Recipe, stage: Stage, home: Path, watch: Watch, folder: Path
     watch.begin("save")
     saved = folder / "saved"
     saved.mkdir()
-    save_policy(policy, saved, stop_token_ids=renderer.stop_token_ids)
+    write, differs = (save_scorer, saved_scorer_differs) if scores else (save_policy, saved_differs)
+    write(policy, saved, stop_token_ids=renderer.stop_token_ids)
     weights_fingerprint(policy, merged=True)
     watch.begin("prove what was saved")
-    saved_differs(policy, saved, s.dtype)
+    differs(policy, saved, s.dtype)
     watch.end()
     watch.say({"disk": {"artefact": _size(saved), "checkpoint": _size(place.checkpoints)}})
+
+
+def _reward_models(recipe: Recipe, stage: Stage, home: Path) -> dict[str, scoring.RewardModel]:
+    rewards = stage.settings.rewards if isinstance(stage.settings, GRPOSettings) else []
+    for scorer in scorer_settings(rewards):
+        if any(scorer.model in (other.key, other.method) for other in recipe.stages):
+            raise RecipeError(
+                f"{stage.key} is rewarded by {scorer.model}, which this recipe still has to train, so it cannot be "
+                "measured.",
+                remedy="Run the recipe up to there, and name the registered model.",
+            )
+    return scoring.reward_models(recipe, stage, home, {})
 
 
 def _short(s: StageSettings) -> StageSettings:

@@ -15,11 +15,12 @@ from posttrain.gate.suites import Suite
 from posttrain.models.hub import load_tokenizer
 from posttrain.pipeline import model_source
 from posttrain.pipeline.identity import template_of
-from posttrain.plan.held import STATE_BYTES, Asking, Held, Phase, hold
+from posttrain.plan.held import STATE_BYTES, Asking, Held, Phase, hold, setup_of
 from posttrain.plan.rows import Rows, assumed_rows, rows_of
 from posttrain.plan.shape import Shape, read_shape
 from posttrain.plan.target import Target
 from posttrain.recipe import Recipe, Stage
+from posttrain.rollout.judges import scorer_settings
 from posttrain.settings import TEACHES_ANSWERS, GRPOSettings, StageSettings
 from posttrain.settings.preference import PreferenceSettings, ReferenceSettings
 
@@ -82,11 +83,12 @@ class Facts:
     renderer: Renderer | None
     suites: Mapping[str, Suite]
     target: Target
+    home: Path
 
 
 def gather(recipe: Recipe, home: Path, target: Target) -> Facts:
     source = model_source(recipe.model, recipe, home)
-    return Facts(recipe, read_shape(source), _renderer(recipe, source), read_ahead(recipe), target)
+    return Facts(recipe, read_shape(source), _renderer(recipe, source), read_ahead(recipe), target, home)
 
 
 def plan(facts: Facts) -> Plan:
@@ -104,7 +106,8 @@ def plan_stage(facts: Facts, stage: Stage, rows: Rows | None = None) -> StagePla
         rows,
         facts.target,
         other_reference=_other_reference(facts.recipe, stage),
-        suite=_asking(suite, facts.renderer) if suite is not None else None,
+        suite=_asking(suite, facts.renderer) if suite is not None and suite.items else None,
+        judges=_judges(facts, stage),
     )
     return StagePlan(stage, held, rows, _times(facts, s, rows, held), _disk(facts.shape, s, held))
 
@@ -124,6 +127,19 @@ def _other_reference(recipe: Recipe, stage: Stage) -> bool:
     if wanted == "sft":
         return any(method not in TEACHES_ANSWERS for method in before)
     return wanted != "parent"
+
+
+def _judges(facts: Facts, stage: Stage) -> int:
+    """Bytes of the reward models among a stage's rewards; one that this recipe trains is of the recipe's own shape."""
+    if not isinstance(stage.settings, GRPOSettings):
+        return 0
+    element = setup_of(stage.settings, facts.target.device).compute.itemsize
+    total = 0
+    for scorer in scorer_settings(stage.settings.rewards):
+        own = any(scorer.model in (other.key, other.method) for other in facts.recipe.stages)
+        shape = facts.shape if own else read_shape(model_source(scorer.model, facts.recipe, facts.home))
+        total += shape.n_params * element
+    return total
 
 
 def _asking(suite: Suite, renderer: Renderer | None) -> Asking:

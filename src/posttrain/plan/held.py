@@ -20,8 +20,9 @@ from posttrain.records import Branch, Tree
 from posttrain.rollout.cache import GROW
 from posttrain.rollout.local import MAX_SLOTS
 from posttrain.rollout.room import MEMORY_SHARE, PREFILL_TOKENS
-from posttrain.settings import DPOSettings, GRPOSettings, LoraSettings, StageSettings
+from posttrain.settings import DPOSettings, GRPOSettings, LoraSettings, SFTSettings, StageSettings
 from posttrain.settings.preference import ReferenceSettings
+from posttrain.settings.reward import ScoringSettings
 
 # bitsandbytes: half a byte per weight, a scale byte per 64 weights, and a float32 per 256 scales.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -67,6 +68,8 @@ def setup_of(s: StageSettings, device: str) -> Setup:
         lora=s.lora if s.adapter != "none" else LoraSettings(),
         checkpointing=s.gradient_checkpointing,
         layout="padded" if s.forest == "off" else "forest",
+        dropout=isinstance(s, SFTSettings | ScoringSettings),
+        scores=isinstance(s, ScoringSettings),
     )
 
 
@@ -78,12 +81,15 @@ def hold(
     *,
     other_reference: bool = False,
     suite: Asking | None = None,
+    judges: int = 0,
 ) -> Held:
     """`other_reference`: ratios are measured against a model that is not the one the stage starts from. `suite`: what
-    the stage's gate asks."""
+    the stage's gate asks. `judges`: bytes of reward models that judge the answers."""
     setup = setup_of(s, target.device)
     counts = count(shape, setup)
     weights = {"process": target.overhead, "weights": weight_bytes(shape, setup, counts)}
+    if judges:
+        weights["reward models"] = judges
     states = {"optimiser": int(STATE_BYTES[s.optim] * counts.n_trainable)}
     lasting = reference_parts(shape, s, setup)
     asks_first = isinstance(s, ReferenceSettings) and not lasting

@@ -17,9 +17,17 @@ from posttrain.data.formats import Dropped, stream
 from posttrain.data.job import KINDS, Job
 from posttrain.data.ledger import Bucket
 from posttrain.data.render import Renderer
+from posttrain.models.value import at_ends
 from posttrain.recipe import Recipe, Stage
 from posttrain.records import Branch, Tree
-from posttrain.settings import GRPOSettings, KTOSettings, SFTSettings, StageSettings
+from posttrain.settings import (
+    GRPOSettings,
+    KTOSettings,
+    ProcessRewardModelSettings,
+    RewardModelSettings,
+    SFTSettings,
+    StageSettings,
+)
 from posttrain.train.loop import micro_batches
 
 READ = 20_000  # rows looked at
@@ -82,7 +90,8 @@ def assumed_rows(s: StageSettings) -> Rows:
     else:
         prompt = max(1, n // PROMPT_SHARE)
         answer = Branch((0,) * (n - prompt), (True,) * (n - prompt))
-        tree = Tree("row", (0,) * prompt, (answer,) * (1 if _kind(s) in ("example", "judged") else 2))
+        tree = Tree("row", (0,) * prompt, (answer,) * (2 if _kind(s) == "pair" else 1))
+        tree = at_ends(tree) if isinstance(s, RewardModelSettings | ProcessRewardModelSettings) else tree
         said = f"every row takes max_length, {n:,} tokens, a quarter of it prompt (no tokenizer to count with)"
     fit = max(1, s.micro_batch_tokens // tree.n_tokens)
     in_step = s.per_device_train_batch_size
@@ -96,6 +105,8 @@ def _kind(s: StageSettings) -> str:
         return "task"
     if isinstance(s, KTOSettings):
         return "judged"
+    if isinstance(s, ProcessRewardModelSettings):
+        return "stepwise"
     return "example" if isinstance(s, SFTSettings) else "pair"
 
 
@@ -125,7 +136,8 @@ def _as_trained(tree: Tree, s: StageSettings) -> Iterator[Tree]:
     if isinstance(s, KTOSettings):  # a pair counts as two rated answers
         yield from (Tree(tree.id, trunk, (branch,)) for branch in branches)
     else:
-        yield Tree(tree.id, trunk, branches)
+        whole = Tree(tree.id, trunk, branches)
+        yield at_ends(whole) if isinstance(s, RewardModelSettings) else whole
 
 
 def _group(prompt: tuple[int, ...], s: GRPOSettings) -> Tree:

@@ -24,6 +24,7 @@ from posttrain.models.attention import ForestUnsupported
 from posttrain.models.load import checkpoint_activations
 from posttrain.models.merge import merged_state
 from posttrain.models.policy import Policy, disable_dropout
+from posttrain.models.value import ANSWER, put_score, read_scores
 from posttrain.plan.ledger import Ledger, Span, count_grouped_products
 from posttrain.plan.shape import TRACED_LAYERS, Shape, fake_tensors, give_device, layers_of, use_forest
 from posttrain.records import Tree
@@ -42,6 +43,7 @@ class Setup:
     checkpointing: bool = False
     dropout: bool = True  # preference methods and RL switch it off
     layout: str = "forest"  # forest | padded
+    scores: bool = False  # a reward model: a score in place of the output layer
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -105,12 +107,12 @@ def trace_training(
 
     def run(policy: Policy, ledger: Ledger, marks: _Marks) -> None:
         policy.model.train()
-        scored, _ = policy.score(trees)
+        result = _result(policy, trees)
         if reference_too:
             with torch.no_grad(), policy.adapter_off() if policy.adapter is not None else nullcontext():
                 policy.score(trees)
         marks.forward_done()
-        (-scored.logp_N.sum()).backward()
+        result.sum().backward()
 
     return _trace(shape, setup, trees, run, accumulating=accumulating)
 
@@ -121,10 +123,17 @@ def trace_scoring(shape: Shape, setup: Setup, trees: Sequence[Tree]) -> Traced:
     @torch.no_grad()
     def run(policy: Policy, ledger: Ledger, marks: _Marks) -> None:
         policy.model.eval()
-        policy.score(trees)
+        _result(policy, trees)
         marks.forward_done()
 
     return _trace(shape, setup, trees, run, accumulating=False)
+
+
+def _result(policy: Policy, trees: Sequence[Tree]) -> Tensor:
+    """What the loss is computed from."""
+    if hasattr(policy.model, "score"):
+        return read_scores(policy, trees)[0]
+    return policy.score(trees)[0].logp_N
 
 
 _Run = Callable[[Policy, Ledger, "_Marks"], None]
@@ -188,6 +197,9 @@ def _policy(shape: Shape, setup: Setup, n_layers: int | None) -> Policy:
         plain = setup.lora.model_copy(update={"init": "default"})  # the others start from the weights, which are not here
         with torch.device("meta"):
             put_on(policy, plain, seed=0, kind=setup.adapter)
+    if setup.scores:
+        with torch.device("meta"):
+            policy = put_score(policy, ANSWER, seed=0)
     if setup.checkpointing:
         checkpoint_activations(policy.model)
     return policy

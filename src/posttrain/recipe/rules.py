@@ -15,6 +15,7 @@ from typing import Any
 
 from posttrain.recipe.faults import show
 from posttrain.recipe.rules_preference import PREFERENCE_RULES
+from posttrain.recipe.rules_reward import REWARD_RULES, scorer_faults
 from posttrain.recipe.yaml_lines import KeyPath, key_name
 from posttrain.settings import METHODS, FilterSettings, RetryPolicy, StageSettings
 from posttrain.settings.data import objection
@@ -81,6 +82,7 @@ def ordering_faults(stages: Sequence[StageView | None]) -> Iterator[Broken]:
         if stage is None:
             continue
         yield from _retry_faults(stage, stages[:position])
+        yield from (Broken(*fault) for fault in scorer_faults(stage, stages[:position]))
         allow = getattr(stage.settings, "allow_without_sft", None)
         if allow is None or "allow_without_sft" in stage.broken:
             continue
@@ -322,7 +324,7 @@ RULES = (
     Rule("max_completion_length", ("max_length",), _no_room_for_prompt),
     Rule("rewards", (), _misshapen_rewards),
     Rule("on_overflow", (), _cut_prompts),
-    *(Rule(*rule) for rule in PREFERENCE_RULES),
+    *(Rule(*rule) for rule in (*PREFERENCE_RULES, *REWARD_RULES)),
 )
 
 

@@ -27,6 +27,7 @@ NOT_MEANING = frozenset(
         "max_checker_failure_rate",
         "dataset_num_proc",
         "register",
+        "register_as",
     }
 )
 # What these files hold is pinned by hashes of their content; where they lie differs from machine to machine.

@@ -6,6 +6,7 @@ import re
 
 from posttrain.records import ArtefactRef, GateReport, Measured
 from posttrain.registry.manifest import Manifest
+from posttrain.settings import SCORES_ANSWERS
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -24,8 +25,9 @@ def render_card(manifest: Manifest, *, is_adapter: bool) -> str:
     sections = (
         _header(manifest, is_adapter),
         _gate(manifest.gate),
+        *_figures(manifest),
         _data(manifest),
-        _loading(is_adapter),
+        _loading(is_adapter, manifest.method in SCORES_ANSWERS),
         _made_with(manifest),
     )
     return "\n\n".join(sections) + "\n"
@@ -36,12 +38,14 @@ def _header(manifest: Manifest, is_adapter: bool) -> str:
     front = [
         "---",
         f"library_name: {'peft' if is_adapter else 'transformers'}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {'text-classification' if manifest.method in SCORES_ANSWERS else 'text-generation'}",
         "license: unknown",
     ]
     if not isinstance(manifest.parent, ArtefactRef) and _HUB_ID.fullmatch(reference):
         front.append(f"base_model: {reference}")
     kind = "A low-rank adapter" if is_adapter else "A language model"
+    if manifest.method in SCORES_ANSWERS:
+        kind = "A reward model, which scores answers and writes none,"
     return "\n".join(
         [
             *front,
@@ -66,7 +70,7 @@ def _gate(gate: GateReport | None) -> str:
         "",
         "| | score | right / items | 95 % interval |",
         "|---|---|---|---|",
-        _row(f"parent {gate.parent_version}", gate.before),
+        _row(gate.parent_version if gate.kind == "pairs" else f"parent {gate.parent_version}", gate.before),
         _row(f"this model {gate.child_version}", gate.after),
         "",
         f"Gain {gate.gain:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}] by {gate.method};",
@@ -89,8 +93,20 @@ def _data(manifest: Manifest) -> str:
     return "\n".join(["## Data", "", "| file | rows | sha256 |", "|---|---|---|", *rows, *told])
 
 
-def _loading(is_adapter: bool) -> str:
+def _figures(manifest: Manifest) -> list[str]:
+    """What a reward model says of held-out pairs."""
+    found = {name: v for name, v in manifest.metrics.items() if name.startswith(("suite_", "probe_"))}
+    if not found:
+        return []
+    rows = [f"| {name.replace('_', ' ')} | {value:.3f} |" for name, value in found.items()]
+    note = "Probe: mean change of the score, in standard deviations, when an answer is rewritten and says the same."
+    return ["\n".join(["## Figures", "", "| on held-out pairs | |", "|---|---|", *rows, "", note])]
+
+
+def _loading(is_adapter: bool, scores: bool) -> str:
     module, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
+    if scores:
+        module, loader = "transformers", "AutoModelForSequenceClassification"
     code = [
         f"from {module} import {loader}",
         "from transformers import AutoTokenizer",
@@ -98,7 +114,8 @@ def _loading(is_adapter: bool) -> str:
         f'model = {loader}.from_pretrained("path/to/this/directory")',
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
     ]
-    return "\n".join(["## Loading", "", "```python", *code, "```"])
+    note = ["", "The score is of text that ends with the token that ends an answer; nothing may follow it."]
+    return "\n".join(["## Loading", "", "```python", *code, "```", *(note if scores else [])])
 
 
 def _made_with(manifest: Manifest) -> str:

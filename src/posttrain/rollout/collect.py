@@ -10,6 +10,7 @@ from posttrain.losses.terms import Mean
 from posttrain.records import Completion, Outcome, Request, Sampling, Status, Task
 from posttrain.rewards.mix import MixScore, RewardMix
 from posttrain.rollout.engine import Engine, Progress
+from posttrain.rollout.judges import Judges
 from posttrain.seeds import derive_seed
 
 
@@ -32,7 +33,7 @@ class Rollout:
 
 def collect(
     engine: Engine,
-    rewards: RewardMix,
+    rewards: RewardMix | Judges,
     tasks: Sequence[Task],
     prompt_ids: Callable[[Task], tuple[int, ...]],
     sampling: Sampling,

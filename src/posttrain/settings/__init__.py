@@ -14,6 +14,7 @@ from posttrain.settings.gate import GateSettings, Retry, RetryPolicy
 from posttrain.settings.hygiene import DecontaminateSettings, DedupSettings
 from posttrain.settings.preference import CPOSettings, DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
 from posttrain.settings.recipe import RecipeSettings
+from posttrain.settings.reward import ProcessRewardModelSettings, RewardModelSettings, ScorerSettings
 from posttrain.settings.rl import GRPOSettings
 from posttrain.settings.sft import SFTSettings
 from posttrain.settings.stage import StageSettings
@@ -25,13 +26,19 @@ METHODS: dict[str, type[StageSettings]] = {
     "simpo": SimPOSettings,
     "cpo": CPOSettings,
     "orpo": ORPOSettings,
+    "reward_model": RewardModelSettings,
+    "process_reward_model": ProcessRewardModelSettings,
     "grpo": GRPOSettings,
 }
 # A model that went through one of these answers in the template. ORPO is SFT and preference in one.
 TEACHES_ANSWERS = frozenset({"sft", "orpo"})
 
+# What these make scores answers: the stage after one of them starts from the model that it started from.
+SCORES_ANSWERS = frozenset({"reward_model", "process_reward_model"})
+
 __all__ = [
     "METHODS",
+    "SCORES_ANSWERS",
     "TEACHES_ANSWERS",
     "CPOSettings",
     "DPOSettings",
@@ -45,10 +52,13 @@ __all__ = [
     "LoraSettings",
     "ORPOSettings",
     "Positive",
+    "ProcessRewardModelSettings",
     "RecipeSettings",
     "Retry",
     "RetryPolicy",
+    "RewardModelSettings",
     "SFTSettings",
+    "ScorerSettings",
     "Section",
     "Share",
     "SimPOSettings",

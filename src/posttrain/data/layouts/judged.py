@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from posttrain.data.conversations import as_messages, common_prompt, parse_transcript
@@ -43,7 +44,29 @@ def _from_preference(row: RawRow) -> Pair | Dropped:
                 remedy="Give `prompt`, or let chosen and rejected begin with the same messages.",
             )
         ends_with_answer(side, column, row)
-    return Pair(row.id, prompt, chosen, rejected, tools=tools_of(row))
+    return Pair(
+        row.id,
+        prompt,
+        chosen,
+        rejected,
+        tools=tools_of(row),
+        margin=_number(row, "margin"),
+        source=_said_source(row),
+        confidence=_number(row, "confidence"),
+    )
+
+
+def _number(row: RawRow, column: str) -> float | None:
+    """None where the column holds no number; whoever needs one refuses the row."""
+    value = row.fields.get(column)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _said_source(row: RawRow) -> str:
+    value = row.fields.get("source")
+    return value if isinstance(value, str) else ""
 
 
 def _side(row: RawRow, column: str) -> tuple[Message, ...] | None:
@@ -143,7 +166,7 @@ PAIRS = {
     "preference": Format(
         ("chosen", "rejected"),
         _from_preference,
-        optional=("prompt", "system", "tools"),
+        optional=("prompt", "system", "tools", "margin", "source", "confidence"),
         aliases={"prompt": ("question",), "system": SYSTEM},
     )
 }

@@ -1,0 +1,116 @@
+"""Checkers and reward models as one reward: the mean of what they say, weighted, between 0 and 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from posttrain.records import Completion, Outcome, Score, Status, Task
+from posttrain.rewards import mix
+from posttrain.rewards.mix import MixScore, RewardMix
+from posttrain.rewards.proof import prove, unproven
+from posttrain.rollout.scorer import Answer, Scorer, Verdict
+from posttrain.settings import ScorerSettings
+from posttrain.settings.reward import REWARD_MODEL, Entries, checkers_of, is_scorer_entry
+
+OpenScorer = Callable[[ScorerSettings], Scorer]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPart:
+    """One reward model as the recipe wants it."""
+
+    label: str  # "reward_model", or "reward_model-2" for the second
+    scorer: Scorer
+    weight: float
+
+
+@dataclass(frozen=True)
+class Judges:
+    """`checkers` is None where only models judge."""
+
+    checkers: RewardMix | None
+    models: tuple[ModelPart, ...] = ()
+
+    def score(
+        self, completions: Sequence[Completion], tasks: Sequence[Task], *, score_cut: bool = False
+    ) -> list[MixScore]:
+        """As `RewardMix.score`: a cut answer is worth 0, one that could not be judged has no value."""
+        if self.checkers is not None:
+            checked = self.checkers.score(completions, tasks, score_cut=score_cut)
+            if not self.models:
+                return checked
+        else:
+            checked = [_unchecked(c, score_cut) for c in completions]
+        open_places = [i for i, found in enumerate(checked) if found.total.outcome is Outcome.SCORED]
+        asked = [Answer(tasks[i].prompt, completions[i].text) for i in open_places]
+        columns = {
+            part.label: dict(zip(open_places, map(_score_of, part.scorer.answers(asked)), strict=True))
+            for part in self.models
+        }
+        return [self._total(found, {name: c.get(i) for name, c in columns.items()}) for i, found in enumerate(checked)]
+
+    def _total(self, checked: MixScore, opinions: Mapping[str, Score | None]) -> MixScore:
+        parts = {**checked.parts, **{label: score or checked.total for label, score in opinions.items()}}
+        if checked.total.outcome is not Outcome.SCORED:
+            return MixScore(checked.total, parts)
+        weights = 0.0 if self.checkers is None else sum(part.weight for part in self.checkers.parts)
+        total = weights * (checked.total.value or 0.0)
+        for part in self.models:
+            said = parts[part.label]
+            if said.value is None:
+                return MixScore(Score(None, said.outcome, f"{part.label}: {said.detail}"), parts)
+            total += part.weight * said.value
+            weights += part.weight
+        return MixScore(Score(total / weights, Outcome.SCORED), parts)
+
+    def doubts(self, tasks: Sequence[Task]) -> list[str]:
+        """Checkers prove themselves on these rows, or DataError; what nothing proves is said."""
+        said = [] if self.checkers is None else unproven(self.checkers, prove(self.checkers, tasks))
+        opinions = [
+            f"the reward {part.label} is the opinion of {part.scorer.label}: no gold answer proves it, and a policy "
+            "that is trained against it finds its mistakes. Judge the result by a suite that it has no part in."
+            for part in self.models
+        ]
+        return said + opinions
+
+    def close(self) -> None:
+        if self.checkers is not None:
+            self.checkers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_judges(rewards: Entries, open_scorer: OpenScorer | None) -> Judges:
+    """The rewards of a recipe; `open_scorer` loads the reward models among them."""
+    models: list[ModelPart] = []
+    for settings in scorer_settings(rewards):
+        assert open_scorer is not None, "nobody said where reward models are"
+        label = REWARD_MODEL if not models else f"{REWARD_MODEL}-{len(models) + 1}"
+        models.append(ModelPart(label, open_scorer(settings), settings.weight))
+    checkers = checkers_of(rewards)
+    return Judges(mix.build(checkers) if checkers or not models else None, tuple(models))
+
+
+def scorer_settings(rewards: Entries) -> list[ScorerSettings]:
+    entries: list[Any] = [entry for entry in rewards if is_scorer_entry(entry)]
+    return [ScorerSettings.model_validate(entry[REWARD_MODEL]) for entry in entries]
+
+
+def _unchecked(completion: Completion, score_cut: bool) -> MixScore:
+    if completion.status is Status.FAILED:
+        return MixScore(Score(None, Outcome.CHECKER_FAILED, f"nothing to check: {completion.detail}"), {})
+    if completion.status is Status.CUT and not score_cut:
+        return MixScore(Score(0.0, Outcome.CUT), {})
+    return MixScore(Score(0.0, Outcome.SCORED), {})
+
+
+def _score_of(verdict: Verdict) -> Score:
+    if verdict.value is None:
+        return Score(None, Outcome.CHECKER_FAILED, verdict.detail)
+    return Score(verdict.value, Outcome.SCORED)
