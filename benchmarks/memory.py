@@ -151,9 +151,7 @@ def _data(folder: Path, tokens: int) -> None:
 
     row = tokens // 4
     _write(folder / "sft.jsonl", [{"prompt": text(row * 5 // 8), "completion": text(row // 4)} for _ in range(16)])
-    pairs = [
-        {"prompt": text(row // 2), "chosen": text(row // 5), "rejected": text(row // 5)} for _ in range(16)
-    ]
+    pairs = [{"prompt": text(row // 2), "chosen": text(row // 5), "rejected": text(row // 5)} for _ in range(16)]
     _write(folder / "dpo.jsonl", pairs)
     _write(folder / "grpo.jsonl", [{"prompt": text(row * 5 // 8), "answer": "yes"} for _ in range(16)])
 

@@ -1,4 +1,4 @@
-"""`posttrain plan`: memory, time and disk of every stage before anything runs, and what to change if it will not fit."""
+"""`posttrain plan`: memory, time and disk of every stage before anything runs; what to change if it will not fit."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ def plan(
     print_next(command_line("run", name, *overrides, home=home))
 
 
-def _page(
-    recipe: Recipe, overrides: list[str], gpu: str | None, count: int, measure: bool, home: str | None
-) -> Page:
+def _page(recipe: Recipe, overrides: list[str], gpu: str | None, count: int, measure: bool, home: str | None) -> Page:
     from posttrain.plan import estimate, remedies
     from posttrain.plan.measure import measure_stage
     from posttrain.plan.report import Advice, Page

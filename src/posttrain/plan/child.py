@@ -26,8 +26,8 @@ from posttrain.methods import grpo
 from posttrain.methods.kto import KTOObjective
 from posttrain.methods.pairs import PairObjective
 from posttrain.methods.registry import METHODS
-from posttrain.methods.reward_model import ScoreObjective
 from posttrain.methods.registry import Stage as MethodStage
+from posttrain.methods.reward_model import ScoreObjective
 from posttrain.methods.sft import SFTObjective
 from posttrain.models.adapters import add_lora
 from posttrain.models.load import load_policy, save_policy, saved_differs, weights_fingerprint
@@ -39,10 +39,11 @@ from posttrain.pipeline.identity import template_of
 from posttrain.pipeline.stage import load_options
 from posttrain.plan.target import resident
 from posttrain.recipe import Recipe, Stage, load_recipe
-from posttrain.records import Branch, Request as SampleRequest, Sampling, Tree
+from posttrain.records import Branch, Sampling, Tree
+from posttrain.records import Request as SampleRequest
 from posttrain.reporting import Reporter
-from posttrain.seeds import derive_seed
 from posttrain.rollout.judges import scorer_settings
+from posttrain.seeds import derive_seed
 from posttrain.settings import GRPOSettings, StageSettings
 from posttrain.train import loop
 from posttrain.train.loop import Place, Trained, micro_batches
@@ -176,7 +177,8 @@ def trees_of(objective: Any) -> Sequence[Tree]:
 def fixed_step(objective: Any, token_budget: int) -> StepBatch[Any]:
     """The step with the largest micro-batch, and of it that one and the next."""
     lengths = [tree.n_tokens for tree in trees_of(objective)]
-    worst = max(range(objective.n_steps), key=lambda i: _largest([lengths[j] for j in objective.steps[i]], token_budget))
+    in_steps = [[lengths[row] for row in step] for step in objective.steps]
+    worst = max(range(objective.n_steps), key=lambda i: _largest(in_steps[i], token_budget))
     batch = objective.batch(worst)
     micros = list(micro_batches(batch.items, token_budget))[:N_MICRO]
     return StepBatch([item for micro in micros for item in micro], batch.count)
@@ -198,9 +200,7 @@ def sampled_step(objective: grpo.GRPOObjective) -> StepBatch[Any]:
     tasks = sorted(objective.tasks, key=lambda task: len(objective.prompts[task.id]), reverse=True)
     tasks = tasks[: s.per_device_train_batch_size]
     seeds = [tuple(derive_seed(0, task.id, i) for i in range(s.num_generations)) for task in tasks]
-    requests = [
-        SampleRequest(task.id, objective.prompts[task.id], own) for task, own in zip(tasks, seeds, strict=True)
-    ]
+    requests = [SampleRequest(task.id, objective.prompts[task.id], own) for task, own in zip(tasks, seeds, strict=True)]
     sampling = Sampling(max_new_tokens=s.max_completion_length, temperature=s.temperature, stop_token_ids=())
     groups = objective.engine.generate(requests, sampling)
     items = []
@@ -273,7 +273,9 @@ def _reward_models(recipe: Recipe, stage: Stage, home: Path) -> dict[str, scorin
 
 
 def _short(s: StageSettings) -> StageSettings:
-    evaluation = [d.model_copy(update={"limit": min(d.limit or EVALUATION_ROWS, EVALUATION_ROWS)}) for d in s.eval_datasets]
+    """Of what is evaluated only a little."""
+    few = [min(dataset.limit or EVALUATION_ROWS, EVALUATION_ROWS) for dataset in s.eval_datasets]
+    evaluation = [d.model_copy(update={"limit": n}) for d, n in zip(s.eval_datasets, few, strict=True)]
     return s.model_copy(update={"eval_datasets": evaluation})
 
 

@@ -184,8 +184,8 @@ def _sampling_seconds(facts: Facts, s: GRPOSettings, held: Held) -> float:
     cache = facts.shape.kv_width * facts.shape.n_layers * held.setup.compute.itemsize
     read = weights + n_answers * cache * s.max_completion_length / 2
     per_token = 2 * held.counts.n_params
-    step = max(read / target.bandwidth, n_answers * per_token / target.flops, facts.shape.n_layers * target.layer_launch)
-    return s.max_completion_length * step
+    launching = facts.shape.n_layers * target.layer_launch
+    return s.max_completion_length * max(read / target.bandwidth, n_answers * per_token / target.flops, launching)
 
 
 # --- disk --------------------------------------------------------------------------------------------------------

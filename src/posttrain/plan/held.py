@@ -87,27 +87,24 @@ def hold(
     the stage's gate asks. `judges`: bytes of reward models that judge the answers."""
     setup = setup_of(s, target.device)
     counts = count(shape, setup)
-    weights = {"process": target.overhead, "weights": weight_bytes(shape, setup, counts)}
+    weights = {"process": target.overhead, "weights": weight_bytes(setup, counts)}
     if judges:
         weights["reward models"] = judges
     states = {"optimiser": int(STATE_BYTES[s.optim] * counts.n_trainable)}
     lasting = reference_parts(shape, s, setup)
     asks_first = isinstance(s, ReferenceSettings) and not lasting
-    scoring = trace_scoring(shape, setup, rows.worst)
     training = trace_training(
         shape, setup, rows.worst, accumulating=rows.several, reference_too=isinstance(s, GRPOSettings) and s.beta > 0
     )
     phases = [Phase("load", {**weights, **_loading(shape, setup)})]
     if asks_first:
         extra = {"reference": _copy(shape, setup)} if other_reference else {}
-        phases.append(Phase("ask the reference", {**weights, **extra, "scoring": scoring.peak}))
+        phases.append(Phase("ask the reference", {**weights, **extra, **_scoring(shape, setup, rows)}))
     phases += _training(weights | lasting, states, counts, training, setup, rows)
     if s.eval_datasets and not isinstance(s, GRPOSettings):
-        phases.append(Phase("evaluate", {**weights, **lasting, **states, "scoring": scoring.peak}))
+        phases.append(Phase("evaluate", {**weights, **lasting, **states, **_scoring(shape, setup, rows)}))
     if isinstance(s, GRPOSettings):
-        asking = Asking(
-            s.per_device_train_batch_size, s.num_generations, rows.longest_prompt, s.max_completion_length
-        )
+        asking = Asking(s.per_device_train_batch_size, s.num_generations, rows.longest_prompt, s.max_completion_length)
         sampling = sampling_parts(shape, setup, target, asking)
         phases.append(Phase("sample", {**weights, **lasting, **states, **sampling}))
     merging = {"merged weights": counts.merged_bytes} if counts.merged_bytes else {}
@@ -140,10 +137,14 @@ def _training(
     ]
 
 
+def _scoring(shape: Shape, setup: Setup, rows: Rows) -> dict[str, int]:
+    return {"scoring": trace_scoring(shape, setup, rows.worst).peak}
+
+
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
-def weight_bytes(shape: Shape, setup: Setup, counts: Counts) -> int:
+def weight_bytes(setup: Setup, counts: Counts) -> int:
     """All weights, adapters included. Of a 4-bit base only linear layers are packed."""
     if setup.adapter != "qlora":
         return counts.weight_bytes

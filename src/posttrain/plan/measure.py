@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import EXIT_DATA, EXIT_DOES_NOT_FIT, EXIT_USAGE, DataError, DoesNotFit, PosttrainError, RecipeError
+from posttrain.errors import (
+    EXIT_DATA,
+    EXIT_DOES_NOT_FIT,
+    EXIT_USAGE,
+    DataError,
+    DoesNotFit,
+    PosttrainError,
+    RecipeError,
+)
 from posttrain.recipe import Recipe, Stage
 
 _FAULTS: Mapping[int, type[PosttrainError]] = {

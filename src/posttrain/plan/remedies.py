@@ -37,35 +37,28 @@ class Change:
 
 def first_change(facts: Facts, planned: StagePlan) -> list[Change]:
     """The one setting that alone makes the stage fit; else settings to change together, each on top of those before,
-    up to the first that fits (or all of them, when none does)."""
-    tried: list[Change] = []
-    for settings, why in candidates(planned.stage.settings):
-        change = _try(facts, planned.stage, settings, why)
-        if change is None:
-            continue
-        if change.fits:
-            return [change]
-        if change.bytes < planned.peak.bytes:
-            tried.append(change)
+    up to the first that fits (or all that help, when none does)."""
     together: list[Change] = []
     merged: dict[str, Any] = {}
-    for change in tried:
-        merged |= change.settings
-        both = _try(facts, planned.stage, dict(merged), change.why)
-        if both is None or (together and both.bytes >= together[-1].bytes):
+    lowest = planned.peak.bytes
+    for settings, why in candidates(planned.stage.settings):
+        alone = _try(facts, planned.stage, settings, why)
+        if alone is None or alone.bytes >= planned.peak.bytes:
             continue
-        together.append(replace(both, settings=change.settings))
-        if both.fits:
-            break
+        if alone.fits:
+            return [_gentlest(facts, planned.stage, alone)]
+        both = _try(facts, planned.stage, merged | settings, why)
+        if both is not None and both.bytes < lowest and not (together and together[-1].fits):
+            merged |= settings
+            lowest = both.bytes
+            together.append(replace(both, settings=settings))
     return together
 
 
 def candidates(s: StageSettings) -> Iterator[tuple[dict[str, Any], str]]:
     """Settings that may save memory, in the order in which to give something up."""
-    micro = s.micro_batch_tokens // 2
-    while micro >= SMALLEST_MICRO:
-        yield {"micro_batch_tokens": micro}, "the gradient stays the same; only smaller pieces at a time"
-        micro //= 2
+    if s.micro_batch_tokens > SMALLEST_MICRO:
+        yield {"micro_batch_tokens": SMALLEST_MICRO}, "the gradient stays the same, formed in smaller pieces"
     if not s.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, "the gradient stays the same; a third more time"
     if isinstance(s, DPOSettings) and s.sync_ref_model:
@@ -74,19 +67,31 @@ def candidates(s: StageSettings) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"precompute_ref_log_probs": True}, "no second copy of the weights while training"
     if s.dtype == "float32":
         yield {"dtype": "bfloat16"}, "half the bytes of activations and frozen weights"
+    if isinstance(s, GRPOSettings) and s.num_generations > 4:
+        yield {"num_generations": s.num_generations // 2}, "fewer answers per prompt, so noisier advantages"
     if isinstance(s, GRPOSettings):
-        for n in (s.num_generations // 2, 4):
-            if 2 <= n < s.num_generations:
-                yield {"num_generations": n}, "fewer answers per prompt, so noisier advantages"
         yield {"max_completion_length": s.max_completion_length // 2}, "shorter answers"
     if s.optim == "adamw":
         yield {"optim": "adamw_8bit"}, "a quarter of the optimiser's bytes; needs the quant extra"
     if s.adapter == "none":
         yield {"adapter": "lora"}, "only an adapter trains: no gradients or optimiser states of the base"
-    if s.adapter in ("none", "lora", "dora"):
+    if s.adapter != "qlora":
         yield {"adapter": "qlora"}, "the frozen base in 4 bits; needs the quant extra"
     if not isinstance(s, GRPOSettings):
         yield {"max_length": s.max_length // 2}, "longer rows are then refused, dropped or cut, as on_overflow says"
+
+
+def _gentlest(facts: Facts, stage: Stage, change: Change) -> Change:
+    """Of micro_batch_tokens the largest half, quarter … that fits: smaller pieces cost time."""
+    if "micro_batch_tokens" not in change.settings:
+        return change
+    n = stage.settings.micro_batch_tokens // 2
+    while n > SMALLEST_MICRO:
+        larger = _try(facts, stage, {"micro_batch_tokens": n}, change.why)
+        if larger is not None and larger.fits:
+            return larger
+        n //= 2
+    return change
 
 
 def smallest_gpu(facts: Facts, planned: StagePlan) -> str | None:

@@ -123,7 +123,7 @@ def _several(page: Page) -> Iterator[str]:
     for stage in page.plan.stages:
         each = sharded(stage, page.plan.shape, n)
         verdict = "would fit" if each <= target.memory else "would still not fit"
-        yield f"  {stage.stage.key}: if weights, gradients and optimiser were sharded, about {size(each)} each, which {verdict}"
+        yield f"  {stage.stage.key}: with weights, gradients and optimiser sharded, about {size(each)} each: {verdict}"
 
 
 def sharded(stage: StagePlan, shape: Shape, n: int) -> int:

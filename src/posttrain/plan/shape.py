@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain.errors import ModelError
 from posttrain.models import head, hub
@@ -20,12 +19,13 @@ from posttrain.models.attention import IMPLEMENTATION
 TRACED_LAYERS = 3  # the first, one that stands for all in the middle, and the last
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
     """What a config says of a model. Counts are of parameters; tied ones count once."""
 
     config: Any
     source: str
+    remembered: dict[Any, Any] = field(default_factory=dict)  # what was traced with it
 
     @property
     def text(self) -> Any:
@@ -58,13 +58,18 @@ class Shape:
         return 2 * n_kv * head_dim
 
     @cached_property
-    def whole(self) -> nn.Module:
+    def whole(self) -> Any:
         """All layers, in float32."""
         return self.build(torch.float32)
 
     @cached_property
     def n_params(self) -> int:
         return sum(p.numel() for p in self.whole.parameters())
+
+    @property
+    def n_traced(self) -> int:
+        """How many layers stand for all of them."""
+        return TRACED_LAYERS if self.uniform else self.n_layers
 
     @cached_property
     def uniform(self) -> bool:
@@ -75,7 +80,7 @@ class Shape:
         forms = {tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()) for layer in layers}
         return len(forms) == 1
 
-    def build(self, dtype: torch.dtype, n_layers: int | None = None) -> nn.Module:
+    def build(self, dtype: torch.dtype, n_layers: int | None = None) -> Any:
         """The model, or one with fewer layers, on the meta device."""
         config = copy.deepcopy(self.config)
         if n_layers is not None:
@@ -103,7 +108,7 @@ def read_shape(source: str) -> Shape:
         ) from e
 
 
-def _model(config: Any, dtype: torch.dtype) -> nn.Module:
+def _model(config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -145,15 +150,15 @@ def give_device(model: nn.Module) -> None:
 
 
 @contextmanager
-def fake_tensors(kind: str) -> Iterator[FakeTensorMode]:
-    """Tensors without contents, and the output layer's tiles of the device `kind` ("cpu" or "cuda").
-
-    They call themselves CPU tensors on either, because a torch without CUDA can then still plan for a GPU.
-    """
-    before = head.TILE["cpu"], head.KEEP["cpu"]
-    head.TILE["cpu"], head.KEEP["cpu"] = head.TILE[kind], head.KEEP[kind]
+def tiles_of(kind: str) -> Iterator[None]:
+    """The output layer's tiles of the device `kind` ("cpu" or "cuda") for tensors that only call themselves "cpu" or
+    "meta": a torch without CUDA can then still plan for a GPU."""
+    before = dict(head.TILE), dict(head.KEEP)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            yield mode
+        for table in (head.TILE, head.KEEP):
+            table["cpu"] = table["meta"] = table[kind]
+        yield
     finally:
-        head.TILE["cpu"], head.KEEP["cpu"] = before
+        for table, old in zip((head.TILE, head.KEEP), before, strict=True):
+            table.clear()
+            table.update(old)

@@ -10,23 +10,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from posttrain.models.adapters import linear_layers, put_on
 from posttrain.models.attention import ForestUnsupported
+from posttrain.models.forest import build_forest
 from posttrain.models.load import checkpoint_activations
 from posttrain.models.merge import merged_state
+from posttrain.models.padded import build_padded
 from posttrain.models.policy import Policy, disable_dropout
 from posttrain.models.value import ANSWER, put_score, read_scores
 from posttrain.plan.ledger import Ledger, Span, count_grouped_products
-from posttrain.plan.shape import TRACED_LAYERS, Shape, fake_tensors, give_device, layers_of, use_forest
+from posttrain.plan.shape import Shape, give_device, layers_of, tiles_of, use_forest
 from posttrain.records import Tree
 from posttrain.settings import LoraSettings
 
@@ -39,7 +42,7 @@ class Setup:
     compute: torch.dtype
     device: str  # cpu | cuda
     adapter: str = "none"  # none | lora | dora | qlora
-    lora: LoraSettings = LoraSettings()
+    lora: LoraSettings = field(default_factory=LoraSettings)
     checkpointing: bool = False
     dropout: bool = True  # preference methods and RL switch it off
     layout: str = "forest"  # forest | padded
@@ -73,9 +76,21 @@ class Counts:
 
 
 def count(shape: Shape, setup: Setup) -> Counts:
-    """Exact counts of the whole model with its adapter."""
-    policy = _policy(shape, setup, None)
-    linear = [shape.whole.get_submodule(name).weight.numel() for name in linear_layers(shape.whole)]
+    """Exact counts of the whole model with its adapter: those of three layers, and what each further one adds."""
+    if not shape.uniform:
+        return _count(shape, setup, shape.n_layers)
+    fewer, more = (_count(shape, setup, n) for n in (shape.n_traced - 1, shape.n_traced))
+    extra = shape.n_layers - shape.n_traced
+    grown = {f.name: getattr(more, f.name) for f in dataclasses.fields(Counts)}
+    for name in grown.keys() - {"largest_linear"}:
+        grown[name] += extra * (grown[name] - getattr(fewer, name))
+    return Counts(**grown)
+
+
+def _count(shape: Shape, setup: Setup, n_layers: int) -> Counts:
+    plain = shape.build(setup.kept, n_layers)
+    linear = [plain.get_submodule(name).weight.numel() for name in linear_layers(plain)]
+    policy = _policy(shape, setup, n_layers)
     parameters = list(policy.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     merged = 0
@@ -105,7 +120,7 @@ def trace_training(
     (and counted by the caller); else they are born here. `reference_too`: the reference scores the same trees between
     forward and backward, as a KL term needs."""
 
-    def run(policy: Policy, ledger: Ledger, marks: _Marks) -> None:
+    def run(policy: Policy, marks: _Marks) -> None:
         policy.model.train()
         result = _result(policy, trees)
         if reference_too:
@@ -114,19 +129,21 @@ def trace_training(
         marks.forward_done()
         result.sum().backward()
 
-    return _trace(shape, setup, trees, run, accumulating=accumulating)
+    what = "training, reference too" if reference_too else "training"
+    return _trace(shape, setup, trees, run, accumulating=accumulating, what=what)
 
 
 def trace_scoring(shape: Shape, setup: Setup, trees: Sequence[Tree]) -> Traced:
     """Log-probabilities without gradients: evaluation, and asking a reference."""
 
     @torch.no_grad()
-    def run(policy: Policy, ledger: Ledger, marks: _Marks) -> None:
+    def run(policy: Policy, marks: _Marks) -> None:
         policy.model.eval()
         _result(policy, trees)
         marks.forward_done()
 
-    return _trace(shape, setup, trees, run, accumulating=False)
+    plain = dataclasses.replace(setup, checkpointing=False)
+    return _trace(shape, plain, trees, run, accumulating=False, what="scoring")
 
 
 def _result(policy: Policy, trees: Sequence[Tree]) -> Tensor:
@@ -136,10 +153,24 @@ def _result(policy: Policy, trees: Sequence[Tree]) -> Tensor:
     return policy.score(trees)[0].logp_N
 
 
-_Run = Callable[[Policy, Ledger, "_Marks"], None]
+_Run = Callable[[Policy, "_Marks"], None]
 
 
-def _trace(shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, *, accumulating: bool) -> Traced:
+def _trace(shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, *, accumulating: bool, what: str) -> Traced:
+    lengths = tuple((len(t.trunk_ids), tuple((len(b.token_ids), sum(b.scored)) for b in t.branches)) for t in trees)
+    key = (what, accumulating, _what_counts(setup), lengths)
+    if key not in shape.remembered:
+        shape.remembered[key] = _trace_once(shape, setup, trees, run, accumulating)
+    return shape.remembered[key]
+
+
+def _what_counts(setup: Setup) -> str:
+    """A 4-bit base is traced as the 16-bit one it stands for."""
+    adapter = "lora" if setup.adapter == "qlora" else setup.adapter
+    return repr(dataclasses.replace(setup, adapter=adapter))
+
+
+def _trace_once(shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, accumulating: bool) -> Traced:
     if setup.layout == "forest":
         try:
             return _trace_as(shape, setup, trees, run, "forest", accumulating)
@@ -148,35 +179,39 @@ def _trace(shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, *, accu
     return _trace_as(shape, setup, trees, run, "padded", accumulating)
 
 
-def _trace_as(
-    shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, layout: str, accumulating: bool
-) -> Traced:
-    n_traced = TRACED_LAYERS if shape.uniform else shape.n_layers
+def _trace_as(shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, layout: str, accumulating: bool) -> Traced:
     count_grouped_products()
-    policy = _policy(shape, setup, n_traced)
-    with fake_tensors(setup.device) as mode:
-        give_device(policy.model)
-        if layout == "forest":
-            use_forest(policy.model)
-        policy.layout = layout
-        held = list(policy.model.parameters()) + list(policy.model.buffers())
+    policy = _policy(shape, setup, shape.n_traced)
+    if layout == "forest":
+        use_forest(policy.model)
+    batch = _laid_out(trees, layout)
+    # Meta tensors are the quicker ones, but autocast passes them by: it looks at where tensors are.
+    mode: Any = FakeTensorMode(allow_non_fake_inputs=True) if setup.autocast else nullcontext()
+    with mode:
+        if setup.autocast:
+            give_device(policy.model)
+            batch = _mapped(batch, mode.from_tensor)
+        else:
+            batch = _mapped(batch, lambda tensor: tensor.to("meta"))
+        held = [*policy.model.parameters(), *policy.model.buffers(), *_tensors(batch)]
         if accumulating:
             for p in policy.trainable().values():
                 p.grad = torch.empty_like(p)
                 held.append(p.grad)
-    batch = _without_contents(policy.batch(trees), mode)
-    held += list(_tensors(batch))
     policy = _Prepared(**{f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)})
-    policy.prepared = batch
+    policy.layout, policy.prepared = layout, batch
     ledger = Ledger(held)
     marks = _Marks(ledger)
-    with fake_tensors(setup.device), mode, _kernels_of(setup.device), marks.on(policy, n_traced), ledger:
-        run(policy, ledger, marks)
+    with tiles_of(setup.device), mode, _kernels_of(setup.device), marks.on(policy, shape.n_traced), ledger:
+        run(policy, marks)
         ledger.mark("end")
-    spans = repeat_middle(ledger.spans, n_traced, shape.n_layers) if shape.uniform else ledger.spans
+    spans = repeat_middle(ledger.spans, shape.n_traced, shape.n_layers) if shape.uniform else ledger.spans
     peak, kept = _highest(spans)
-    n_tokens = sum(tree.n_tokens for tree in trees)
-    return Traced(peak, kept, sum(span.flops for span in spans), layout, n_tokens)
+    return Traced(peak, kept, sum(span.flops for span in spans), layout, sum(tree.n_tokens for tree in trees))
+
+
+def _laid_out(trees: Sequence[Tree], layout: str) -> Any:
+    return build_forest(trees) if layout == "forest" else build_padded(trees)
 
 
 @dataclass
@@ -186,6 +221,7 @@ class _Prepared(Policy):
     prepared: Any = None
 
     def batch(self, trees: Sequence[Tree]) -> Any:
+        del trees
         return self.prepared
 
 
@@ -194,7 +230,7 @@ def _policy(shape: Shape, setup: Setup, n_layers: int | None) -> Policy:
     if not setup.dropout:
         disable_dropout(policy.model)
     if setup.adapter != "none":
-        plain = setup.lora.model_copy(update={"init": "default"})  # the others start from the weights, which are not here
+        plain = setup.lora.model_copy(update={"init": "default"})  # others start from weights, which are not here
         with torch.device("meta"):
             put_on(policy, plain, seed=0, kind=setup.adapter)
     if setup.scores:
@@ -221,7 +257,7 @@ class _Marks:
     def on(self, policy: Policy, n_layers: int) -> Iterator[None]:
         layers = layers_of(policy.model, n_layers) or ()
         handles = [
-            layer.register_forward_pre_hook(self._hook(i), with_kwargs=True)  # type: ignore[arg-type]
+            layer.register_forward_pre_hook(self._hook(i), with_kwargs=True)
             for i, layer in enumerate(layers)
         ]
         try:
@@ -276,13 +312,21 @@ def _kernels_of(device: str) -> Iterator[None]:
     does too; on a GPU, grouped heads with a mask leave only the kernel that lays out all scores.
     Mixture-of-experts layers take the grouped product that is defined for every number format.
     """
-    fused = F.scaled_dot_product_attention
+    stock = F.scaled_dot_product_attention
 
-    def attention(*args: Any, **kwargs: Any) -> Tensor:
-        if device == "cuda" and kwargs.get("attn_mask") is not None:
+    def attention(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, **how: Any) -> Tensor:
+        if device == "cuda" and attn_mask is not None:
             with sdpa_kernel(SDPBackend.MATH):
-                return fused(*args, **kwargs)
-        return fused(*args, **kwargs)
+                return stock(query, key, value, attn_mask=attn_mask, **how)
+        if query.device.type != "meta":
+            return stock(query, key, value, attn_mask=attn_mask, **how)
+        if attn_mask is not None:  # a meta tensor is offered no fused kernel; this is what its entry would do
+            seen, hidden = query.new_zeros(()), query.new_zeros(())
+            attn_mask = torch.where(attn_mask, seen, hidden)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, how.get("dropout_p", 0.0), how.get("is_causal", False), attn_mask=attn_mask,
+            scale=how.get("scale"),
+        )[0]  # fmt: skip
 
     def grouped(x: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
         return torch.ops.transformers.grouped_mm_fallback(x, weight, offs=offs)
@@ -295,13 +339,14 @@ def _kernels_of(device: str) -> Iterator[None]:
         yield
 
 
-def _without_contents(value: Any, mode: Any) -> Any:
+def _mapped(value: Any, make: Callable[[Tensor], Tensor]) -> Any:
+    """The same batch with each tensor made anew."""
     if isinstance(value, Tensor):
-        return mode.from_tensor(value)
+        return make(value)
     if isinstance(value, tuple):
-        return tuple(_without_contents(item, mode) for item in value)
+        return tuple(_mapped(item, make) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {f.name: _without_contents(getattr(value, f.name), mode) for f in dataclasses.fields(value)}
+        parts = {f.name: _mapped(getattr(value, f.name), make) for f in dataclasses.fields(value)}
         return type(value)(**parts)
     return value
 
