@@ -38,6 +38,7 @@ TORCH_FREE = [
     "posttrain.recipe",
     "posttrain.importers",
     "posttrain.plan",
+    "posttrain.plan.advice",
     "posttrain.plan.gpus",
     "posttrain.data.prepare",
     "posttrain.data.worker",

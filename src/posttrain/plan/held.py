@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from posttrain.errors import ModelError
 from posttrain.pipeline.stage import load_options
 from posttrain.plan.rows import Rows
 from posttrain.plan.shape import Shape
@@ -87,6 +88,12 @@ def hold(
     the stage's gate asks. `judges`: bytes of reward models that judge the answers."""
     setup = setup_of(s, target.device)
     counts = count(shape, setup)
+    if setup.adapter == "qlora" and counts.stacked_params > counts.linear_params / 10:
+        raise ModelError(  # as loading it would
+            f"adapter: qlora would leave {counts.stacked_params:,} weights of {shape.text.model_type} as they are: its "
+            "experts are stacked in tensors that bitsandbytes does not know.",
+            remedy="Use adapter: lora.",
+        )
     weights = {"process": target.overhead, "weights": weight_bytes(setup, counts)}
     if judges:
         weights["reward models"] = judges

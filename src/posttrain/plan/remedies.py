@@ -6,7 +6,7 @@ then what changes what is learned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,23 +36,39 @@ class Change:
 
 
 def first_change(facts: Facts, planned: StagePlan) -> list[Change]:
-    """The one setting that alone makes the stage fit; else settings to change together, each on top of those before,
-    up to the first that fits (or all that help, when none does)."""
-    together: list[Change] = []
-    merged: dict[str, Any] = {}
-    lowest = planned.peak.bytes
+    """The one setting that alone makes the stage fit; else the fewest of these settings together, the first first. When
+    not even all of them are enough: all that help, each with the peak that is left with it and those before."""
+    helpful: list[Change] = []
     for settings, why in candidates(planned.stage.settings):
         alone = _try(facts, planned.stage, settings, why)
         if alone is None or alone.bytes >= planned.peak.bytes:
             continue
         if alone.fits:
             return [_gentlest(facts, planned.stage, alone)]
-        both = _try(facts, planned.stage, merged | settings, why)
-        if both is not None and both.bytes < lowest and not (together and together[-1].fits):
-            merged |= settings
-            lowest = both.bytes
-            together.append(replace(both, settings=settings))
-    return together
+        helpful.append(alone)
+    taken = _together(facts, planned, helpful)
+    if taken and taken[-1].fits:
+        for change in taken[:-1]:
+            fewer = _together(facts, planned, [other for other in taken if other.settings != change.settings])
+            taken = fewer if fewer and fewer[-1].fits else taken
+    return taken
+
+
+def _together(facts: Facts, planned: StagePlan, changes: Sequence[Change]) -> list[Change]:
+    """Each on top of those before, up to the first that fits; one that then helps no more is left out."""
+    taken: list[Change] = []
+    merged: dict[str, Any] = {}
+    lowest = planned.peak.bytes
+    for change in changes:
+        both = _try(facts, planned.stage, {**merged, **change.settings}, change.why)
+        if both is None or both.bytes >= lowest:
+            continue
+        merged |= change.settings
+        lowest = both.bytes
+        taken.append(replace(both, settings=change.settings))
+        if both.fits:
+            break
+    return taken
 
 
 def candidates(s: StageSettings) -> Iterator[tuple[dict[str, Any], str]]:

@@ -73,6 +73,7 @@ class Counts:
     merged_bytes: int  # what saving an adapter's merged model takes beside the weights
     linear_params: int  # of linear layers other than the output head: what a 4-bit base packs
     largest_linear: int
+    stacked_params: int  # of tensors of three axes: a mixture's experts
 
 
 def count(shape: Shape, setup: Setup) -> Counts:
@@ -106,6 +107,7 @@ def _count(shape: Shape, setup: Setup, n_layers: int) -> Counts:
         merged_bytes=merged,
         linear_params=sum(linear),
         largest_linear=max(linear, default=0),
+        stacked_params=sum(p.numel() for p in plain.parameters() if p.ndim >= 3),
     )
 
 
@@ -181,14 +183,30 @@ def _trace_once(shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, ac
 
 def _trace_as(shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, layout: str, accumulating: bool) -> Traced:
     count_grouped_products()
-    policy = _policy(shape, setup, shape.n_traced)
+    n = shape.n_traced
+    spans = _spans(shape, setup, trees, run, layout, accumulating, n)
+    if shape.uniform:
+        more = None
+        if setup.autocast:  # it keeps every layer's cast weights until the forward pass ends, and drops them at once
+            more = _spans(shape, setup, trees, run, layout, accumulating, n + 1)
+        spans = repeat_middle(spans, n, shape.n_layers, more)
+    peak, kept = _highest(spans)
+    return Traced(peak, kept, sum(span.flops for span in spans), layout, sum(tree.n_tokens for tree in trees))
+
+
+def _spans(
+    shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, layout: str, accumulating: bool, n_layers: int
+) -> list[Span]:
+    policy = _policy(shape, setup, n_layers)
     if layout == "forest":
         use_forest(policy.model)
     batch = _laid_out(trees, layout)
-    # Meta tensors are the quicker ones, but autocast passes them by: it looks at where tensors are.
-    mode: Any = FakeTensorMode(allow_non_fake_inputs=True) if setup.autocast else nullcontext()
+    # Meta tensors are the quicker ones, but autocast passes them by (it looks at where tensors are), and stock masks
+    # want to be read.
+    fake = setup.autocast is not None or layout == "padded"
+    mode: Any = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     with mode:
-        if setup.autocast:
+        if fake:
             give_device(policy.model)
             batch = _mapped(batch, mode.from_tensor)
         else:
@@ -202,12 +220,10 @@ def _trace_as(shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, layo
     policy.layout, policy.prepared = layout, batch
     ledger = Ledger(held)
     marks = _Marks(ledger)
-    with tiles_of(setup.device), mode, _kernels_of(setup.device), marks.on(policy, shape.n_traced), ledger:
+    with tiles_of(setup.device), mode, _kernels_of(setup.device), marks.on(policy, n_layers), ledger:
         run(policy, marks)
         ledger.mark("end")
-    spans = repeat_middle(ledger.spans, shape.n_traced, shape.n_layers) if shape.uniform else ledger.spans
-    peak, kept = _highest(spans)
-    return Traced(peak, kept, sum(span.flops for span in spans), layout, sum(tree.n_tokens for tree in trees))
+    return ledger.spans
 
 
 def _laid_out(trees: Sequence[Tree], layout: str) -> Any:
@@ -256,10 +272,7 @@ class _Marks:
     @contextmanager
     def on(self, policy: Policy, n_layers: int) -> Iterator[None]:
         layers = layers_of(policy.model, n_layers) or ()
-        handles = [
-            layer.register_forward_pre_hook(self._hook(i), with_kwargs=True)
-            for i, layer in enumerate(layers)
-        ]
+        handles = [layer.register_forward_pre_hook(self._hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
         try:
             yield
         finally:
@@ -281,15 +294,39 @@ class _Marks:
         return before
 
 
-def repeat_middle(spans: Sequence[Span], n_traced: int, n_layers: int) -> list[Span]:
-    """The spans of `n_layers` layers from those of three: the second layer's, up and down, repeated."""
+def repeat_middle(
+    spans: Sequence[Span], n_traced: int, n_layers: int, more: Sequence[Span] | None = None
+) -> list[Span]:
+    """The spans of `n_layers` layers from those of three: the second layer's, up and down, repeated.
+
+    `more` are the spans of one layer more: what it adds to a span that is there once (what all layers held until then
+    and let go of together) is added for each further layer.
+    """
     extra = n_layers - n_traced
+    # A span is labelled by the mark that closes it: "up 2" closes layer 1 on the way up, "down 1" on the way down.
+    middle = {f"up {n_traced - 1}", f"down {n_traced - 2}"}
+    grown = {} if more is None else {span.label: span for span in _from_top(more, n_traced + 1)}
     out: list[Span] = []
     for span in spans:
-        # A span is labelled by the mark that closes it: "up 2" closes layer 1 on the way up, "down 1" on the way down.
-        middle = span.label in (f"up {n_traced - 1}", f"down {n_traced - 2}")
-        out += [span] * (1 + extra if middle else 1)
+        if span.label in middle:
+            out += [span] * (1 + extra)
+            continue
+        if (other := grown.get(span.label)) is not None:
+            end = span.end + extra * (other.delta - span.delta)
+            peak = span.peak + extra * (other.rise - span.rise)
+            span = Span(span.label, span.start, peak, end, span.flops + extra * (other.flops - span.flops))
+        out.append(span)
     return out
+
+
+def _from_top(spans: Sequence[Span], n_layers: int) -> Iterator[Span]:
+    """Spans of one layer more under the labels that they have with one less; the repeated ones left out."""
+    last = n_layers - 1
+    names = {f"up {last}": None, f"down {last - 1}": None, f"up {last - 1}": None, f"down {last}": f"down {last - 1}"}
+    for span in spans:
+        name = names.get(span.label, span.label)
+        if name is not None:
+            yield Span(name, span.start, span.peak, span.end, span.flops)
 
 
 def _highest(spans: Sequence[Span]) -> tuple[int, int]:
@@ -318,7 +355,7 @@ def _kernels_of(device: str) -> Iterator[None]:
         if device == "cuda" and attn_mask is not None:
             with sdpa_kernel(SDPBackend.MATH):
                 return stock(query, key, value, attn_mask=attn_mask, **how)
-        if query.device.type != "meta":
+        if query.device.type != "meta" or query.shape[-1] != value.shape[-1]:  # what no fused kernel of a CPU takes
             return stock(query, key, value, attn_mask=attn_mask, **how)
         if attn_mask is not None:  # a meta tensor is offered no fused kernel; this is what its entry would do
             seen, hidden = query.new_zeros(()), query.new_zeros(())
