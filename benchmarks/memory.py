@@ -64,7 +64,7 @@ def recipes(tokens: int) -> dict[str, dict[str, Any]]:
     dpo = common | {"datasets": [{"path": "dpo.jsonl"}], "per_device_train_batch_size": 8, "allow_without_sft": True}
     grpo = common | {
         "datasets": [{"path": "grpo.jsonl"}],
-        "rewards": [{"format": {"pattern": ".*", "example": "yes"}}],
+        "rewards": [{"format": {"pattern": ".+", "example": "yes"}}],
         "num_generations": 8,
         "max_completion_length": tokens // 64,
         "per_device_train_batch_size": 4,
