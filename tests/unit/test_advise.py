@@ -134,7 +134,7 @@ def test_advice_imports_no_torch() -> None:
     program = (
         "import sys; from posttrain.cli import main; "
         "main(['advise', '--have', 'pairs', '--goal', 'quality', '--json']); "
-        "print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules], file=sys.stderr)"
+        "print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
