@@ -102,9 +102,8 @@ class ForestCache:
         own_k, own_v = (
             own[:n_slots].view(n_units, *own.shape[2:])[:, :n_answer] for own in (layer.own_k_ShCE, layer.own_v_ShCE)
         )
-        scores = q_UrE.new_empty((n_units, share, n_prompt + n_answer))
-        torch.bmm(q_UrE, own_k.transpose(1, 2), out=scores[:, :, n_prompt:])
-        scores[:, :, :n_prompt] = _beside_prompts(grid, q_UrE, layer.prompt_k_PhLE.flatten(0, 1).transpose(1, 2))
+        from_prompts = _beside_prompts(grid, q_UrE, layer.prompt_k_PhLE.flatten(0, 1).transpose(1, 2))
+        scores = torch.cat([from_prompts, torch.bmm(q_UrE, own_k.transpose(1, 2))], dim=-1)
         if call.softcap is not None:
             scores = scores.div_(call.softcap).tanh_().mul_(call.softcap)
         if (bias := self._bias(n_prompt, n_answer, call.window)) is not None:

@@ -34,7 +34,7 @@ ADMIT_BELOW = 0.5  # waiting prompts join when so few of the slots they were adm
 MAX_SLOTS = 1024
 # Decode steps of fewer multiplications run on one CPU thread: two would spend the time waiting for each other, and
 # many times it where other programs want the second core.
-ONE_THREAD_BELOW = 1 << 27
+ONE_THREAD_BELOW = 1 << 24
 
 
 @dataclass
