@@ -147,12 +147,22 @@ def _panel(suite: Suite, sides: Mapping[str, Located], home: Path) -> tuple[Pane
                 remedy="Name a registered NAME@VERSION or a folder in the suite.",
             )
         found = locate(scorer.model, home)
-        models[scorer.model] = RewardModel(found.source, found.label, found.fingerprint)
+        label = _artefact_name(found) if found.label == scorer.model else found.label
+        models[scorer.model] = RewardModel(found.source, label, found.fingerprint)
     panel = with_models(suite, models, "auto")
     opinions = panel.opinions(None, Reporter(), sides)
     for warning in warnings(opinions):
         typer.echo(f"warning: {warning}", err=True)
     return panel, opinions
+
+
+def _artefact_name(found: Located) -> str:
+    """Of a folder that posttrain wrote; any other stays as it was named."""
+    from posttrain.registry.artefact import is_artefact
+    from posttrain.registry.manifest import read_manifest
+
+    folder = Path(found.source)
+    return str(read_manifest(folder).ref(folder)) if is_artefact(folder) else found.label
 
 
 def _answers(found: Located, suite: Suite, panel: Panel) -> tuple[list[ItemResult], float]:

@@ -18,7 +18,7 @@ from posttrain.rollout.scorer import Answer, Scorer
 
 NEEDED = 0.75  # share of items whose gold answer must score higher than the empty one, and than its words in disorder
 N_PROVED = 64  # items, spread evenly
-FEW = 10  # fewer gold answers than this show little
+FEW = 10  # fewer different gold answers than this show little
 EMPTY, DISORDER, ANOTHER = "the empty answer", "its own words in disorder", "another item's gold answer"
 
 
@@ -76,15 +76,15 @@ def prove_opinion(suite: Suite, scorer: Scorer, *, passed_elsewhere: bool) -> tu
             where=f"suite {suite.name}",
             remedy="Look at the suite's answer column; or name a reward model that was trained for such answers.",
         )
-    return str(shown), tuple(_doubts(shown, won, n))
+    return str(shown), tuple(_doubts(shown, won, n, len({w.item.answer for w in wrong})))
 
 
-def _doubts(shown: Shown, won: int, n: int) -> list[str]:
+def _doubts(shown: Shown, won: int, n: int, n_gold: int) -> list[str]:
     said = []
     if n and won < NEEDED * n:
         said.append(f"It hardly looks at the question: {ANOTHER} scores as high or higher in {n - won} of {n} items.")
-    if (most := max(n for _, n in shown.higher.values())) < FEW:
-        said.append(f"It was shown {most} gold answer{'' if most == 1 else 's'} only.")
+    if n_gold < FEW:
+        said.append(f"It was shown {n_gold} different gold answer{'' if n_gold == 1 else 's'} only.")
     if shown.unread:
         said.append(shown.unread)
     return said
