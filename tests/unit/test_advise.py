@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from posttrain.cli import main
+from posttrain.cli.advise import AIMS, WORDS
 from posttrain.errors import EXIT_USAGE
 from posttrain.gate.ahead import read_ahead
 from posttrain.plan.advice import CHOICES, GOALS, HAVE, Recommendation, Situation, recipe_text, recommend, table
@@ -130,6 +131,11 @@ def test_a_teacher_is_recommended_with_reasons_cost_and_data() -> None:
     assert tight.collect.startswith("Let the teacher answer some thousands of prompts")
     base = recommend(situation("teacher", base_model=True))
     assert base.collect.startswith("Let the teacher write some hundreds of demonstrations")
+
+
+def test_the_questions_are_those_the_tree_knows() -> None:
+    assert tuple(WORDS) == HAVE
+    assert tuple(AIMS) == GOALS
 
 
 def test_only_methods_there_are_and_all_of_them() -> None:

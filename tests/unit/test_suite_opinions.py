@@ -404,7 +404,7 @@ def test_eval_compare_and_check(
     assert "It was trained from the model of this comparison" in printed.err
     opinion_suite(place, "judge")
     shown = call(capsys, "compare", "./base", "./base", "--suite", "liked.yaml", *home)
-    assert "in the opinion of judge@1 (" in shown
+    assert "in the opinion of judge@1-reward_model-" in shown
     assert shown.rstrip().splitlines()[-1].startswith("Next")
     opinion_suite(place, "2-reward_model")
     _, said = refused_call(capsys, "compare", "./base", "./base", "--suite", "liked.yaml", *home)

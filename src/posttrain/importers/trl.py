@@ -32,12 +32,12 @@ METHOD_OF = {
 }
 # Keys that only one command of TRL has. The first that is there decides.
 TELLING = {
+    "prm": "step_separator train_on_last_step_only",
     "grpo": "reward_funcs num_generations max_completion_length num_iterations reward_weights",
     "kto": "desirable_weight undesirable_weight",
     "dpo": "f_divergence_type f_alpha_divergence_coef rpo_alpha ld_alpha discopop_tau use_weighting reference_free "
     "label_smoothing loss_weights precompute_ref_log_probs",
     "reward": "center_rewards_coefficient",
-    "prm": "step_separator train_on_last_step_only",
     "sft": "dataset_text_field packing packing_strategy eval_packing completion_only_loss assistant_only_loss "
     "max_seq_length eos_token chat_template_path",
 }
