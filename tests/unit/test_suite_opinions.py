@@ -136,12 +136,12 @@ def knows(asked: str, text: str) -> float:
 def test_a_judge_that_knows_the_gold_answers_passes_with_its_figures() -> None:
     shown, doubts = prove_opinion(suite(GOLD), ByHand(knows), passed_elsewhere=False)  # type: ignore[arg-type]
     assert shown == (
-        "gold answers score higher than the empty answer in 12 of 12, its own words in disorder in 12 of 12, "
+        "gold answers score higher than the empty answer in 12 of 12, its own text in disorder in 12 of 12, "
         "another item's gold answer in 12 of 12 items"
     )
     assert doubts == ()
-    few = prove_opinion(suite(GOLD[:3]), ByHand(knows), passed_elsewhere=False)  # type: ignore[arg-type]
-    assert few[1] == ("It was shown 3 different gold answers only.",)
+    few = prove_opinion(suite(GOLD[:5]), ByHand(knows), passed_elsewhere=False)  # type: ignore[arg-type]
+    assert few[1] == ("It was shown 5 different gold answers only.",)
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,10 @@ def test_a_judge_that_knows_the_gold_answers_passes_with_its_figures() -> None:
     [
         (
             lambda _q, _t: 0.5,
-            "scores the gold answer higher than the empty answer in 0 of 12 items, and 75% are needed",
+            "scores the gold answer higher than the empty answer in 0 of 12 items, which is not",
         ),
         (lambda _q, t: 1.0 / (1 + len(t)), "higher than the empty answer in 0 of 12"),
-        (lambda _q, t: float(bool(t)), "higher than its own words in disorder in 0 of 12"),
+        (lambda _q, t: float(bool(t)), "higher than its own text in disorder in 0 of 12"),
         (lambda q, t: 0.5 + 0.5 * (t[:4] == "gold") - 0.4 * knows(q, t), "prefers another item's gold answer"),
         (
             lambda _q, t: None if t[:4] == "gold" else 0.1,
@@ -174,8 +174,24 @@ def test_a_judge_that_does_not_look_at_the_question_is_told() -> None:
     shown, doubts = prove_opinion(suite(GOLD), blind, passed_elsewhere=False)  # type: ignore[arg-type]
     assert "another item's gold answer in 8 of 12 items" in shown, "2 of 3 neighbours are worse by a hundredth"
     assert doubts == (
-        "It hardly looks at the question: another item's gold answer scores as high or higher in 4 of 12 items.",
+        "It hardly looks at the question: of 12 items, another item's gold answer scores lower in 8 only.",
     )
+
+
+def test_chance_is_not_enough_and_what_is_little_is_told() -> None:
+    """Of 50 gold answers, 31 (Wilson's interval from 0.48) or 33 (from 0.52) score higher than their disorder."""
+    gold = [f"w{n} x y z" for n in range(50)]
+
+    def right_in(most: int) -> ByHand:
+        value = {text: 0.9 if n < most else 0.4 for n, text in enumerate(gold)}
+        own = {f"q{n}": text for n, text in enumerate(gold)}
+        return ByHand(lambda q, t: value.get(t, 0.5 if t else 0.1) - 0.39 * (t in value and own[q] != t))
+
+    with pytest.raises(DataError, match="own text in disorder in 31 of 50 items, which is not more than half beyond"):
+        prove_opinion(suite(gold), right_in(31), passed_elsewhere=True)  # type: ignore[arg-type]
+    _, doubts = prove_opinion(suite(gold), right_in(33), passed_elsewhere=True)  # type: ignore[arg-type]
+    hardly = "It hardly tells good answers from bad: of 50 items, its own text in disorder scores lower in 33 only."
+    assert doubts[0] == hardly
 
 
 def test_some_gold_answers_that_cannot_be_read_are_told_and_never_count_as_higher() -> None:
@@ -337,7 +353,7 @@ def test_a_judge_that_pays_the_policy_or_was_trained_from_a_side_is_told(place: 
     (opinion,) = found.opinions
     assert [doubt.split(":")[0] for doubt in opinion.doubts[:2]] == [
         "A model that is judged was trained to please this very reward model",
-        "It was trained from the parent of this comparison, and may like what sounds like itself.",
+        "It was trained from the parent, which is judged here, and may like what sounds like itself.",
     ]
 
 
@@ -401,7 +417,7 @@ def test_eval_compare_and_check(
     assert opinion["fingerprint"] == read_manifest(place / "failed").fingerprint
     assert "warning: the score is the opinion of small-reward@1-reward_model" in printed.err
     assert "FAILED its own gate" in printed.err
-    assert "It was trained from the model of this comparison" in printed.err
+    assert "It was trained from the model, which is judged here" in printed.err
     opinion_suite(place, "judge")
     shown = call(capsys, "compare", "./base", "./base", "--suite", "liked.yaml", *home)
     assert "in the opinion of judge@1-reward_model-" in shown
@@ -411,8 +427,9 @@ def test_eval_compare_and_check(
     assert "is scored by the stage 2-reward_model, and no recipe is run here" in said
     recipe(place, sft(), reward_model(), dpo(gate=gate("liked")))
     program = (
-        "import sys; from posttrain.cli import main; code = main(['check', 'recipe.yaml']); "
+        f"import sys; from posttrain.cli import main; code = main(['check', '{place / 'recipe.yaml'}']); "
         "print(code, [m for m in ('torch', 'transformers') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.splitlines()[-1] == "0 []"

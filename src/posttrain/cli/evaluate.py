@@ -106,7 +106,7 @@ def compare(
 
     judged = _suite(suite)
     a, b = (locate(model, home_folder(home)) for model in (model_a, model_b))
-    panel, opinions = _panel(judged, {"model A": a, "model B": b}, home_folder(home))
+    panel, opinions = _panel(judged, {"first model": a, "second model": b}, home_folder(home))
     assert panel.suite is not None
     (before, seconds_a), (after, seconds_b) = (_answers(one, panel.suite, panel) for one in (a, b))
     seconds = round(seconds_a + seconds_b, 2)

@@ -1,8 +1,9 @@
 """A reward model as a suite's judge: what it must show on the suite's own items before its opinion counts.
 
 A checker is proved by a gold answer it must give 1. A reward model's score has no such point: only which of two answers
-to one prompt scores higher means something. So each gold answer is held against three wrong ones, the empty answer, its
-own words in disorder, and the gold answer of another item, and must score higher in enough of them.
+to one prompt scores higher means something. So each gold answer is held against three wrong ones: the empty answer, its
+own words in disorder, and the gold answer of another item. It must score higher than the first, and than the second, in
+more than half of the items, beyond chance; and not lower than the third in more than half, beyond chance.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from posttrain.intervals import wilson
 from posttrain.records import Task
 from posttrain.rollout.scorer import Answer, Scorer
 
-NEEDED = 0.75  # share of items whose gold answer must score higher than the empty one, and than its words in disorder
+CLEAR = 0.75  # below this share of items it is told that gold answers hardly score higher than some kind of wrong ones
 N_PROVED = 64  # items, spread evenly
 FEW = 10  # fewer different gold answers than this show little
-EMPTY, DISORDER, ANOTHER = "the empty answer", "its own words in disorder", "another item's gold answer"
+EMPTY, DISORDER, ANOTHER = "the empty answer", "its own text in disorder", "another item's gold answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +60,11 @@ def prove_opinion(suite: Suite, scorer: Scorer, *, passed_elsewhere: bool) -> tu
         )
     for case in (EMPTY, DISORDER):
         won, n = shown.higher.get(case, (0, 0))
-        if n and won < NEEDED * n:
+        if n and wilson(won, n).low <= 0.5:
             unread = f" {shown.unread}" if shown.unread else ""
             raise DataError(
                 f"the reward model {scorer.label} scores the gold answer higher than {case} in {won} of {n} items, "
-                f"and {NEEDED:.0%} are needed.{unread}",
+                f"which is not more than half beyond chance.{unread}",
                 where=f"suite {suite.name}",
                 remedy="Name one that was trained for such answers; look at its tokenizer and template, and at the "
                 "suite's answer column.",
@@ -76,13 +77,15 @@ def prove_opinion(suite: Suite, scorer: Scorer, *, passed_elsewhere: bool) -> tu
             where=f"suite {suite.name}",
             remedy="Look at the suite's answer column; or name a reward model that was trained for such answers.",
         )
-    return str(shown), tuple(_doubts(shown, won, n, len({w.item.answer for w in wrong})))
+    return str(shown), tuple(_doubts(shown, len({w.item.answer for w in wrong})))
 
 
-def _doubts(shown: Shown, won: int, n: int, n_gold: int) -> list[str]:
+def _doubts(shown: Shown, n_gold: int) -> list[str]:
     said = []
-    if n and won < NEEDED * n:
-        said.append(f"It hardly looks at the question: {ANOTHER} scores as high or higher in {n - won} of {n} items.")
+    for case, (won, n) in shown.higher.items():
+        if won < CLEAR * n:
+            what = "It hardly looks at the question" if case == ANOTHER else "It hardly tells good answers from bad"
+            said.append(f"{what}: of {n} items, {case} scores lower in {won} only.")
     if n_gold < FEW:
         said.append(f"It was shown {n_gold} different gold answer{'' if n_gold == 1 else 's'} only.")
     if shown.unread:

@@ -146,7 +146,7 @@ def doubts_about(model: RewardModel, sides: Mapping[str, Side], *, pays: bool) -
     ancestors = {step.fingerprint for step in _lineage(model.source)[1:]}
     for side, judged in sides.items():
         if judged.fingerprint in ancestors:
-            said.append(f"It was trained from the {side} of this comparison, and may like what sounds like itself.")
+            said.append(f"It was trained from the {side}, which is judged here, and may like what sounds like itself.")
     return said
 
 
