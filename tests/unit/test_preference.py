@@ -224,6 +224,24 @@ def test_a_moving_reference_goes_where_tr_dpo_says_and_nowhere_else(tmp_path: Pa
         objective.against.refuse_if_changed()
 
 
+def test_a_reference_that_would_never_move_is_said(tmp_path: Path) -> None:
+    """Six steps: with a move after every sixth there is none left to see it."""
+    for every, told in ((5, 0), (6, 1)):
+        lines: list[str] = []
+        s = toy.METHODS["dpo-moving"].settings(ref_model_sync_steps=every)
+        stage = toy.stage_in(toy.policy_for("dpo-moving"), toy.place_in(tmp_path / str(every)))
+        stage = replace(stage, reporter=type("Told", (), {"line": lambda _, text: lines.append(text)})())  # type: ignore[arg-type,misc]  # noqa: B023
+        assert toy.pair_objective(stage, s, dpo.pair_loss(s), toy.pair_trees()[: toy.N_ROWS], []).n_steps == 6
+        assert len(lines) == told
+    assert "moves the reference after every 6 steps, and there are 6: it stays where it is" in lines[0]
+
+
+def test_a_reference_of_another_shape_cannot_follow(tmp_path: Path) -> None:
+    policy, other = with_tokenizer(toy.policy_for("dpo-moving")), with_tokenizer(tiny_policy("qwen3", seed=3))
+    with pytest.raises(ModelError, match="sync_ref_model mixes the policy's weights into the reference's"):
+        against.open_reference(stage_against(policy, other, tmp_path), toy.METHODS["dpo-moving"].settings())
+
+
 # --- falling chosen answers ----------------------------------------------------------------------------------------
 
 

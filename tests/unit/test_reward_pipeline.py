@@ -119,12 +119,16 @@ def test_a_refused_reward_model_pays_nobody(place: Path) -> None:
         go(recipe(place, sft(), reward_model("differs")), place / "home")
 
 
-def test_a_recipe_of_a_reward_model_alone_with_an_adapter(place: Path) -> None:
+def test_a_recipe_of_a_reward_model_alone_with_an_adapter(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = dict(adapter="lora", lora={"r": 4}, register_as="judge", learning_rate=2e-2)
     report, said = go(recipe(place, reward_model(**settings)), place / "home")
     assert report.champion is None
     assert [(e.name, e.aliases) for e in ModelStore(place / "home").entries()] == [("judge", ("candidate", "champion"))]
     assert "nothing promoted as a model that answers: no stage makes one" in said
+    shapes = [(32, 32), (32, 32), (32, 16), (32, 16), (32, 48), (32, 48), (48, 32)] * 2
+    trained = sum(4 * (i + o) for i, o in shapes) + 32  # of the adapter, and of the score
+    assert any(f"1-reward_model: lora on 14 layers: {trained:,} parameters train" in line for line in said), said
+    assert "its adapter is in its weights already" in refused_call(capsys, "merge", report.outcomes[0].artefact.path)[1]
     opened = open_scorer(report.outcomes[0].artefact.path, "judge")
     better, worse = opened.answers([Answer((Message("user", ASKED[100]),), text) for text in ("now", "ok")])
     assert better.value is not None

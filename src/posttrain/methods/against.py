@@ -139,6 +139,8 @@ def open_reference(stage: Stage, s: ReferenceSettings) -> Against:
     else:
         loaded = stage.reference()
         refuse_other_tokens(loaded, stage.policy)
+        if moves is not None:
+            _refuse_other_shape(loaded, stage.policy)
         disable_dropout(loaded.model)
         reference = Reference(loaded, still=True)
     live = Live(reference, stage.policy, moves, s.micro_batch_tokens, tail_alpha) if at_every_step else None
@@ -156,6 +158,15 @@ def refuse_other_tokens(reference: Policy, policy: Policy) -> None:
         raise ModelError(
             "the reference has another tokenizer than the model that trains, so the same token ids are other text.",
             remedy="Name a reference of the same family: sft, parent, or a registered NAME@VERSION.",
+        )
+
+
+def _refuse_other_shape(reference: Policy, policy: Policy) -> None:
+    theirs, ours = ({n: t.shape for n, t in p.model.state_dict().items()} for p in (reference, policy))
+    if theirs != ours:
+        raise ModelError(
+            "sync_ref_model mixes the policy's weights into the reference's, which have other names or shapes.",
+            remedy="Name a reference of the same architecture and size, or remove sync_ref_model.",
         )
 
 
