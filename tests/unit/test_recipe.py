@@ -214,7 +214,7 @@ def test_keys_that_no_loss_of_the_stage_reads_are_refused(key: str, beside: str,
         ),
         (
             "sync_ref_model: true\n      load_best_model_at_end: true\n      eval_steps: 2\n"
-            "      eval_datasets: [{path: e.jsonl}]",
+            "      eval_datasets: [{path: rows.jsonl}]",
             "dpo.sync_ref_model moves what eval_datasets are measured against",
         ),
         ("sync_ref_model: true\n      precompute_ref_log_probs: true", "dpo.sync_ref_model changes the reference's"),
