@@ -160,6 +160,19 @@ def test_what_cannot_be_meant_is_refused(place: Path, stages: Any, message: str)
     assert re.search(message, str(refused(place, *stages)))
 
 
+def test_margins_of_rows_reach_training_and_evaluation(place: Path) -> None:
+    """Scores of a new model are around 0, so the loss is about the margin: 100 of the one file, 50 of the other."""
+    for name, margin, asked in (("train", 100.0, ASKED[:8]), ("even", 50.0, ASKED[60:68])):
+        found = [{"prompt": q, "chosen": "now", "rejected": "ok", "margin": margin} for q in asked]
+        rows(place / f"{name}.jsonl", found)
+    datasets = {"datasets": [{"path": "train.jsonl"}], "eval_datasets": [{"path": "even.jsonl"}]}
+    stage = reward_model(None, **datasets, margin="column", max_steps=1, learning_rate=1e-5)
+    report, _ = go(recipe(place, stage), place / "home")
+    run = place / "home" / "runs" / "small" / report.outcomes[0].artefact.version
+    (line,) = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert (line["pair_loss"], line["eval_pair_loss"]) == (pytest.approx(100, abs=5), pytest.approx(50, abs=5))
+
+
 def test_cut_answers_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe's rule keeps them out; this is what stands behind it."""
     monkeypatch.setattr("posttrain.recipe.rules.RULES", ())
