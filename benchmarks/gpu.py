@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 NAMES = ("sft", "dpo", "rollouts", "grpo", "lora")
 TINY = dict(tokens=256, new_tokens=8, rounds=2, warm_up=1)
-# Mean difference of a token's log-prob between the sides, in nats. In bfloat16 that is what rounding leaves of 36 layers.
+# Mean difference of a token's log-prob between the sides, in nats. In bfloat16 36 layers of rounding are in it.
 PARITY = {"float32": 1e-4, "bfloat16": 0.1}
 CANNOT = 5
 
@@ -41,13 +41,14 @@ CANNOT = 5
 def main() -> int:
     args = _arguments()
     try:
+        import peft  # noqa: F401
         import torch
         from bench import Bench
         from cases import CASES
         from machine import Machine
         from work import SHAPES
     except ModuleNotFoundError as e:
-        return _refuse(f"{e.name} is not installed.", "torch, transformers and peft must be; posttrain is read from src.")
+        return _refuse(f"{e.name} is not installed.", "torch, transformers and peft must be.")
     if args.device == "cuda" and not torch.cuda.is_available():
         return _refuse("torch sees no CUDA device.", "On a machine without one: --device cpu --tiny, to see it run.")
     if args.device == "cpu" and args.shape != "tiny":
@@ -240,7 +241,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=["qwen3-8b", "tiny"], default="qwen3-8b")
     parser.add_argument("--tiny", action="store_true", help="shape tiny and small steps; shares mean nothing then")
     parser.add_argument("--precision", choices=["bfloat16", "mixed", "float32"], default="bfloat16",
-                        help="mixed: weights in float32, products in bfloat16, as a recipe keeps weights that train")  # fmt: skip
+                        help="mixed: weights in float32, products in bfloat16, as recipes do")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=4096, help="of a packed row, of a micro-batch of either side")
     parser.add_argument("--new-tokens", type=int, default=128, help="of each sampled answer")
     parser.add_argument("--rounds", type=int, default=7)

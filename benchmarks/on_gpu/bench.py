@@ -123,15 +123,13 @@ class Bench:
     def tensor(self, rows: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(rows, device=self.machine.device)
 
-    def add_lora(self) -> Any:
-        """peft's adapters on every linear layer but the head, for both sides; returns the wrapper that takes them off."""
+    def add_lora(self) -> None:
+        """peft's adapters on every linear layer but the head, for both sides."""
         from peft import LoraConfig, get_peft_model
 
         names = list(self.shape.matrices)
         config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=names, task_type="CAUSAL_LM")
-        wrapped = get_peft_model(self.model, config)
-        self.policy.adapter = wrapped
-        return wrapped
+        self.policy.adapter = get_peft_model(self.model, config)
 
     def remove_lora(self) -> None:
         if self.policy.adapter is not None:

@@ -67,14 +67,12 @@ def dpo(bench: Bench, tokens: int) -> Case:
     load = load_of(trees)
     rows = [(t.trunk_ids, b.token_ids) for t in trees for b in t.branches]
 
-    def sums_of_ours() -> Tensor:
-        scored, table = bench.policy.score(trees)
-        return per_branch_sum(scored.logp_N, table.branch_N, table.n_branches)
-
     def ours() -> Iterator[Tensor]:
-        with torch.no_grad():
-            reference = _pair_logps(sums_of_ours())
-        yield sigmoid(_pair_logps(sums_of_ours()), reference, beta=BETA).total / len(trees)
+        reference_N, table = bench.policy.logps(trees)
+        reference = _pair_logps(per_branch_sum(reference_N, table.branch_N, table.n_branches))
+        scored, table = bench.policy.score(trees)
+        policy = _pair_logps(per_branch_sum(scored.logp_N, table.branch_N, table.n_branches))
+        yield sigmoid(policy, reference, beta=BETA).total / len(trees)
 
     def theirs() -> Iterator[Tensor]:
         for part in _pairwise_chunks([len(p) + len(a) for p, a in rows], bench.budget):
@@ -117,8 +115,8 @@ def rollouts(bench: Bench, n_prompt: int, n_new: int) -> Case:
 
 
 def grpo(bench: Bench, n_prompt: int, n_new: int) -> Case:
-    """Sample, then one step on the answers with made-up advantages; β 0. The ratio is measured from the log-probs of the
-    sampler here, from those of the step's own forward pass on the other side."""
+    """Sample, then one step on the answers with made-up advantages; β 0. The ratio is measured from the sampler's
+    log-probs here, from those of the step's own forward pass on the other side."""
     sampler = Sampler(bench, n_prompt)
     advantages = [1.0 if i % 2 else -1.0 for i in range(ANSWERS)]
     n_sampled = PROMPTS * ANSWERS * n_new
@@ -191,7 +189,10 @@ class Sampler:
 def documents(bench: Bench, tokens: int) -> list[Tree]:
     draw = random.Random(0)
     ends = [round(tokens * sum(DOCUMENTS[:i])) for i in range(len(DOCUMENTS) + 1)]
-    return [_tree(bench, str(first), round(PROMPT_SHARE * (end - first)), [end - first], draw) for first, end in pairwise(ends)]
+    return [
+        _tree(bench, str(first), round(PROMPT_SHARE * (end - first)), [end - first], draw)
+        for first, end in pairwise(ends)
+    ]
 
 
 def pairs(bench: Bench, tokens: int) -> list[Tree]:

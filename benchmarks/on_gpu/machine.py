@@ -53,7 +53,7 @@ class Machine:
         return torch.cuda.max_memory_allocated(self.device)
 
     def matrix_rate(self, dtype: torch.dtype) -> float:
-        """Operations a second of large products of random matrices, now. (Zeros would be faster: they draw less power.)"""
+        """Operations a second of large products of random matrices, now. Zeros draw less power and would be faster."""
         n = MATRIX[self.device.type]
         a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)

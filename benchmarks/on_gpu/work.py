@@ -3,7 +3,7 @@
 Useful operations, 2 per multiplication and addition, for N weights of the layers' matrices and T tokens, each prompt
 counted once however many answers it has:
 
-    forward     2·N·T   layers     4·H·E per token and key it may see (scores, then values)     2·V·D per scored position
+    forward     2·N·T   layers    4·H·E per token and key it may see (scores, then values)    2·V·D per scored position
     backward    4·N·T   half of it for the gradients of inputs, half for those of weights; attention twice its forward;
                 the head 4·V·D per scored position
 
@@ -101,7 +101,9 @@ def attention(shape: Shape, load: Load) -> int:
 
 def full_step(shape: Shape, load: Load) -> int:
     """Forward and backward where every weight trains."""
-    return forward(shape, load) + 4 * shape.body * load.tokens + 2 * attention(shape, load) + 4 * shape.head * load.scored
+    return (
+        forward(shape, load) + 4 * shape.body * load.tokens + 2 * attention(shape, load) + 4 * shape.head * load.scored
+    )
 
 
 def lora_step(shape: Shape, load: Load, rank: int = LORA_RANK) -> int:

@@ -50,7 +50,7 @@ class Policy:
 
     @property
     def head(self) -> Head:
-        return head_of(self.model)
+        return head_of(self.model, self.autocast)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every weight that trains, by name; a companion's begin with the companion's name."""
