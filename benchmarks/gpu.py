@@ -57,8 +57,10 @@ def main() -> int:
     lines: list[dict[str, Any]] = []
     try:
         bench = Bench(SHAPES[args.shape], machine, args.precision, args.tokens, args.attention)
-    except torch.OutOfMemoryError as e:
-        return _refuse(f"{args.shape} in {args.precision} does not fit: {_first(e)}.", "Use a smaller --precision.")
+    except Exception as e:
+        if not _out_of_memory(e):
+            raise
+        return _refuse(f"{args.shape} in {args.precision} does not fit: {_first(e)}.", "Use --precision bfloat16.")
     if args.checkpoint:
         bench.checkpoint()
     for name in NAMES:
@@ -83,7 +85,13 @@ def failed(line: dict[str, Any]) -> bool:
 
 def _case(bench: Bench, build: Any, name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One line. A side that runs out of memory is named, and the other is measured alone."""
-    line = _about(bench.machine, args) | {"case": name, "out_of_memory": [], "share": None, "target": None}
+    line = _about(bench.machine, args) | {
+        "notes": bench.policy.notes,
+        "case": name,
+        "out_of_memory": [],
+        "share": None,
+        "target": None,
+    }
     try:
         case: Case = build()
         line |= {"name": case.name, "target": case.target if args.shape != "tiny" else None}
@@ -95,6 +103,10 @@ def _case(bench: Bench, build: Any, name: str, args: argparse.Namespace) -> dict
     if fault:
         return line | {"fault": fault}
     fitting = [side for side in case.sides if _warm(bench, side, args.warm_up, line)]
+    if line["out_of_memory"]:
+        for side in fitting:  # what the other side's failure threw away is made again
+            bench.attend(side.attention)
+            side.step()
     rounds = [_round(bench, case, fitting) for _ in range(args.rounds)] if fitting else []
     return line | _figures(case, rounds)
 
@@ -124,8 +136,7 @@ def _warm(bench: Bench, side: Side, times: int, line: dict[str, Any]) -> bool:
         if not _out_of_memory(e):
             raise
         line["out_of_memory"].append(side.name)
-        bench.model.zero_grad(set_to_none=True)
-    bench.machine.forget()
+    bench.forget()
     return False
 
 
