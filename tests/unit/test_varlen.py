@@ -106,16 +106,18 @@ def test_a_kernel_is_used_only_where_it_was_seen_to_be_right(kernel: pytest.Monk
         wider = (window_size[0] + (window_size[0] >= 0), window_size[1])
         return twin(*args, window_size=wider, scale=scale, enable_gqa=enable_gqa)
 
-    def no_gradient(*args: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool) -> Tensor:
-        found = twin(*args, scale=scale, window_size=window_size, enable_gqa=enable_gqa)
-        return found + (args[1].sum() - args[1].sum().detach())
+    def wrong_gradient(
+        query: Tensor, key: Tensor, *rest: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool
+    ) -> Tensor:
+        double = 2 * key - key.detach()
+        return twin(query, double, *rest, scale=scale, window_size=window_size, enable_gqa=enable_gqa)
 
     def breaks(*_: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool) -> Tensor:
         raise RuntimeError(f"no kernel image is available for {scale}, {window_size}, {enable_gqa}")
 
     assert "differs" in fault(lines_up_beginnings)
     assert "differs" in fault(one_key_too_many)
-    assert "differs" in fault(no_gradient)
+    assert "differs" in fault(wrong_gradient)
     assert "no kernel image" in fault(breaks)
     assert "no kernel for rows of unlike lengths" in fault(lambda query: query)
     assert "no kernel for rows of unlike lengths" in fault(None)
