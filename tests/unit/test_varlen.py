@@ -106,6 +106,10 @@ def test_a_kernel_is_used_only_where_it_was_seen_to_be_right(kernel: pytest.Monk
         wider = (window_size[0] + (window_size[0] >= 0), window_size[1])
         return twin(*args, window_size=wider, scale=scale, enable_gqa=enable_gqa)
 
+    def not_a_number(*args: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool) -> Tensor:
+        found = twin(*args, scale=scale, window_size=window_size, enable_gqa=enable_gqa)
+        return torch.where(torch.arange(len(found))[:, None, None] == 3, torch.nan, found)
+
     def wrong_gradient(
         query: Tensor, key: Tensor, *rest: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool
     ) -> Tensor:
@@ -118,6 +122,7 @@ def test_a_kernel_is_used_only_where_it_was_seen_to_be_right(kernel: pytest.Monk
     assert "differs" in fault(lines_up_beginnings)
     assert "differs" in fault(one_key_too_many)
     assert "differs" in fault(wrong_gradient)
+    assert "differs by nan" in fault(not_a_number)
     assert "no kernel image" in fault(breaks)
     assert "no kernel for rows of unlike lengths" in fault(lambda query: query)
     assert "no kernel for rows of unlike lengths" in fault(None)
