@@ -10,19 +10,16 @@ an answer's first token sees the whole prompt and itself.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from posttrain.models.forest import ForestBatch
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None
 
 HALF = (torch.float16, torch.bfloat16)
 MAX_HEAD_SIZE = 256
@@ -73,8 +70,7 @@ def attend_packed(
     """(T, H, D); `window` is a sliding attention window in tokens, the query's own included."""
     if packed.key_K is not None:
         k_ThD, v_ThD = k_ThD.index_select(0, packed.key_K), v_ThD.index_select(0, packed.key_K)
-    assert varlen_attn is not None
-    found: Tensor = varlen_attn(
+    found = varlen_attn(
         q_THD.contiguous(),
         k_ThD.contiguous(),
         v_ThD.contiguous(),
@@ -86,6 +82,7 @@ def attend_packed(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=q_THD.shape[1] != k_ThD.shape[1],
     )
+    assert isinstance(found, Tensor)
     return found
 
 
@@ -101,7 +98,7 @@ def serves(q_THD: Tensor, v_ThD: Tensor) -> bool:
 def kernel_fault(device: torch.device) -> str | None:
     """None where the kernel agrees with plain attention on a prompt with two answers, forward and backward; else what
     is wrong. Asked once."""
-    if varlen_attn is None or not set(NEEDS) <= set(inspect.signature(varlen_attn).parameters):
+    if not set(NEEDS) <= set(inspect.signature(varlen_attn).parameters):
         return f"torch {torch.__version__} has no kernel for rows of unlike lengths and grouped heads"
     try:
         gap = _gap(device)
@@ -116,13 +113,14 @@ def _gap(device: torch.device) -> float:
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(sum(lengths), h, 64, generator=draw).to(device, torch.bfloat16) for h in (4, 2, 2))
     key_K = torch.tensor([*range(40), *range(49), *range(40), *range(49, 66)], device=device)
-    ends = [torch.tensor(x, device=device, dtype=torch.int32) for x in ([0, 40, 49, 66], [0, 40, 89, 146])]
-    packed = Packed(key_K, *ends, max(lengths), trunk + max(lengths[1:]))
+    query_end_R, key_end_R = (_ends(torch.tensor(x, device=device)) for x in (lengths, (40, 49, 57)))
+    packed = Packed(key_K, query_end_R, key_end_R, max(lengths), trunk + max(lengths[1:]))
     gaps, weight = [], torch.linspace(-1, 1, 64, device=device)
     for window in (None, 12):
         ours, plain = ([x.detach().clone().requires_grad_() for x in (q, k, v)] for _ in range(2))
         with torch.enable_grad():
-            found = [attend_packed(packed, *ours, scale=0.1, window=window), _plain(*plain, lengths, trunk, window)]
+            packed_out = attend_packed(packed, ours[0], ours[1], ours[2], scale=0.1, window=window)
+            found = [packed_out, _plain(plain, lengths, trunk, window)]
             for out in found:
                 (out.float() * weight).sum().backward()
         pairs = [(found[0], found[1]), *((a.grad, b.grad) for a, b in zip(ours, plain, strict=True))]
@@ -134,9 +132,10 @@ def _gap(device: torch.device) -> float:
     return float(torch.stack(gaps).max())  # NaN where one is
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], trunk: int, window: int | None) -> Tensor:
+def _plain(qkv: Sequence[Tensor], lengths: Sequence[int], trunk: int, window: int | None) -> Tensor:
     """The same in float32, by a mask over the whole token row."""
-    row_T = torch.arange(len(lengths), device=q.device).repeat_interleave(torch.tensor(lengths, device=q.device))
+    q, k, v = qkv
+    row_T = torch.arange(len(lengths), device=q.device).repeat_interleave(torch.tensor(tuple(lengths), device=q.device))
     place_T = torch.arange(len(q), device=q.device)
     depth_T = torch.cat([torch.arange(n, device=q.device) + (trunk if i else 0) for i, n in enumerate(lengths)])
     seen_TT = (row_T == row_T[:, None]) & (place_T <= place_T[:, None]) | (row_T == 0) & (row_T[:, None] > 0)
