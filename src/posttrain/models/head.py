@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from posttrain.models.products import product
+
 TILE = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits of a tile: on a CPU it should stay in its cache
 LEAST_ROWS = 64  # of a tile, or its matrix products become slow
 HALF = (torch.float16, torch.bfloat16)
@@ -42,7 +44,7 @@ class Head:
     def logits(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
         """(N, V) in float32 or wider. For the sampler and the tiles below; never call it on a whole training batch."""
         hidden_ND = self.taken(hidden_ND)
-        logit_NV = _product(hidden_ND, self.weight_VD.to(hidden_ND.dtype).T)
+        logit_NV = _wide_product(hidden_ND, self.weight_VD.to(hidden_ND.dtype))
         if self.bias_V is not None:
             logit_NV += self.bias_V
         if self.softcap is not None:
@@ -57,17 +59,17 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left right, in float32 or wider. On a GPU the factors stay in 16 bits and the sums are never rounded to them."""
-    if left.is_cuda and left.dtype in HALF:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).to(_wide(left))
+def _wide_product(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """x Wᵀ in float32 or wider. On a GPU the factors stay in 16 bits and the sums are never rounded to them."""
+    if x_ND.is_cuda and x_ND.dtype in HALF:
+        return torch.mm(x_ND, weight_VD.T, out_dtype=torch.float32)
+    return product(x_ND, weight_VD).to(_wide(x_ND))
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
-    """into += left right, `into` in float32 or wider."""
+    """into += left right, `into` in float32 or wider. Widened factors would not run on a GPU's tensor cores."""
     if left.is_cuda and left.dtype in HALF:
-        into += _product(left, right)  # widened factors would not run on its tensor cores
+        into += torch.mm(left, right, out_dtype=torch.float32)
     else:
         into.addmm_(left.to(into.dtype), right.to(into.dtype))
 
@@ -185,7 +187,7 @@ class _Score(torch.autograd.Function):
             logp_N[tile], entropy_N[tile] = _score_tile(head, hidden_ND[tile], target_N[tile], temperature, slope_RV)
             if slope_ND is not None:
                 assert slope_RV is not None
-                torch.mm(slope_RV, compute, out=slope_ND[tile])
+                slope_ND[tile] = product(slope_RV, compute.t())
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, slope_ND, slope_NV)
         ctx.constants = softcap, scale, temperature
         ctx.mark_non_differentiable(entropy_N)
@@ -199,7 +201,8 @@ class _Score(torch.autograd.Function):
         grad_N1 = grad_N[:, None].to(hidden_ND.dtype)
         if slope_NV is not None:
             # The factor of each row is taken out of the products: no pass over (N, V).
-            grad_hidden = (slope_NV @ weight_VD.to(hidden_ND.dtype)).mul_(grad_N1) if ctx.needs_input_grad[0] else None
+            compute = weight_VD.to(hidden_ND.dtype)
+            grad_hidden = product(slope_NV, compute.t()).mul_(grad_N1) if ctx.needs_input_grad[0] else None
             grad_weight = (slope_NV.T @ (grad_N1 * hidden_ND)).to(weight_VD.dtype)
             grad_bias = (slope_NV.T @ grad_N1).squeeze(1).to(bias_V.dtype) if bias_V is not None else None
             return grad_hidden, grad_weight, grad_bias, None, None, None, None
