@@ -122,6 +122,6 @@ def test_a_kernel_is_used_only_where_it_was_seen_to_be_right(kernel: pytest.Monk
     assert "differs" in fault(lines_up_beginnings)
     assert "differs" in fault(one_key_too_many)
     assert "differs" in fault(wrong_gradient)
-    assert "differs by nan" in fault(not_a_number)
+    assert fault(not_a_number).endswith("by nan")
     assert "no kernel image" in fault(breaks)
     assert "no kernel for rows of unlike lengths" in fault(lambda query: query)
