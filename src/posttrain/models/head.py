@@ -13,7 +13,7 @@ after, so it is formed in the forward pass, and never read there again:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ class Head:
         """Hidden states as the products take them. Under autocast a decoder hands out float32, and it ends before the
         head: products in that type would be all the head's and many times slower on a GPU."""
         return hidden_ND if self.compute is None else hidden_ND.to(self.compute)
+
+    def ready(self) -> Head:
+        """With weights in the type of the products: for many products while they do not change."""
+        return self if self.compute is None else replace(self, weight_VD=self.weight_VD.to(self.compute))
 
     def logits(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
         """(N, V) in float32 or wider. For the sampler and the tiles below; never call it on a whole training batch."""
@@ -114,6 +118,7 @@ def score(
 @torch.no_grad()
 def log_probs(hidden_ND: Tensor, target_N: Tensor, head: Head, temperature: float = 1.0) -> Tensor:
     """(N,) `score`'s log-probabilities and nothing else."""
+    head = head.ready()
     logp_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=_wide(hidden_ND))
     for tile in _tiles(hidden_ND.shape[0], head.weight_VD.shape[0], hidden_ND.device):
         logp_RV = head.logits(hidden_ND[tile], temperature).log_softmax(-1)

@@ -92,7 +92,7 @@ class Policy:
 
     def for_sampling(self, n_positions: int) -> Logits:
         """Tokens to logits in many short steps at positions below `n_positions`, while the weights do not change."""
-        straight, head = self.straight(), self.head
+        straight, head = self.straight(), self.head.ready()
         if straight is not None and (decoder := decoder_of(straight, head, n_positions)) is not None:
             return decoder.logits
         hidden = self.hidden_forest if straight is None else straight.for_sampling(n_positions).hidden
