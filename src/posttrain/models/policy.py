@@ -51,7 +51,7 @@ class Policy:
 
     @property
     def head(self) -> Head:
-        return head_of(self.model)
+        return head_of(self.model, self.autocast)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every weight that trains, by name; a companion's begin with the companion's name."""
@@ -92,7 +92,7 @@ class Policy:
 
     def for_sampling(self, n_positions: int) -> Logits:
         """Tokens to logits in many short steps at positions below `n_positions`, while the weights do not change."""
-        straight, head = self.straight(), self.head
+        straight, head = self.straight(), self.head.ready()
         if straight is not None and (decoder := decoder_of(straight, head, n_positions)) is not None:
             return decoder.logits
         hidden = self.hidden_forest if straight is None else straight.for_sampling(n_positions).hidden
