@@ -44,7 +44,9 @@ class GRPOSettings(StageSettings):
     dynamic_sampling: bool = Field(
         default=False, description="replace groups whose answers all earn the same until the batch is full (DAPO)"
     )
-    max_sampling_rounds: Positive = Field(default=10, description="how often dynamic_sampling may ask for more groups")
+    max_sampling_rounds: Positive = Field(
+        default=10, description="with dynamic_sampling: rounds of sampling for one batch, the first included"
+    )
 
     advantage: AdvantageName = Field(
         default="group",
