@@ -14,8 +14,9 @@ from posttrain.data.hygiene import audit_pairs
 from posttrain.data.hygiene.duplicates import Content, Rules, content, find_duplicates
 from posttrain.data.hygiene.labels import conflicts
 from posttrain.data.hygiene.minhash import rows_per_band, shingles
-from posttrain.data.hygiene.screens import Repetition, screened
-from posttrain.data.ledger import Bucket
+from posttrain.data.hygiene.screens import Repetition
+from posttrain.data.ledger import Bucket, Entry
+from posttrain.data.prepare import Lost, _screened
 from posttrain.errors import DataError
 from posttrain.records import Example, Message, Pair, Rated, Row, Stepwise, Task
 
@@ -238,14 +239,12 @@ def test_conflicts_and_duplicates_are_left_out_with_their_reasons() -> None:
         list(Repetition(None, "error")(ROWS))
 
 
-class Lost:
-    """What another part of the program took out before."""
-
-    id = "lost"
-
-
 def test_screens_in_turn_keep_the_order_and_the_first_verdict() -> None:
+    """As rows are prepared: what was lost before goes through a screen untouched."""
+    lost = Lost("lost", Entry(Bucket.DROPPED, "empty answer"))
     first, second = Repetition(None, "drop"), Repetition(Rules(), "report")
-    found = list(screened([*ROWS[:3], Lost(), ROWS[3]], [first, second]))
-    assert [row.id for row, _ in found] == ["p:1", "p:2", "p:3", "lost", "p:4"]
-    assert [verdict and str(verdict.bucket) for _, verdict in found] == ["dropped", "dropped", None, None, "duplicate"]
+    found = list(_screened(_screened(iter([*ROWS[:3], lost, ROWS[3]]), first), second))
+    assert [item.id for item in found] == ["p:1", "p:2", "p:3", "lost", "p:4"]
+    fates = [str(item.entry.bucket) if isinstance(item, Lost) else None for item in found]
+    assert fates == ["dropped", "dropped", None, "dropped", "duplicate"]
+    assert found[3] == lost

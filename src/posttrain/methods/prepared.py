@@ -91,7 +91,7 @@ class Wanted:
 def training_rows(stage: Stage, s: RowsSettings, kind: str) -> Prepared:
     """The rows to train on: screened, fitted to max_length, accounted for in rows.jsonl."""
     refuse_beyond_positions(stage, s.max_length)
-    found = _rows(stage, s, s.datasets, kind, Bucket.TRAINED, screens_of(stage, s), screening(stage, s), ROWS)
+    found = _rows(stage, s, s.datasets, kind, Bucket.TRAINED, screens_of(stage, s, kind), screening(stage, s), ROWS)
     for line in (
         *found.sources,
         *found.summary.notes,
