@@ -82,11 +82,23 @@ def _origin(origin: str, paper: tuple[Preset, str] | None) -> str:
 
 
 def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two recipes given by `as_dict`: "2-dpo.beta: 0.1 → 0.2"."""
+    """What changed between two recipes given by `as_dict`: "2-dpo.beta: 0.1 → 0.2". A stage that only one of them has
+    is one line."""
     before = {key_name(path): value for path, value in leaves(old)}
     after = {key_name(path): value for path, value in leaves(new)}
     changed = [key for key in {**before, **after} if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
-    return [f"{key}: {_side(before, key)} → {_side(after, key)}" for key in changed]
+    stages = [_stage_keys(recipe) for recipe in (old, new)]
+    alone = {key: i for i in (0, 1) for key in stages[i] - stages[1 - i]}
+    lines = [f"{key}: only {('before', 'now')[i]}" for key, i in sorted(alone.items())]
+    return lines + [
+        f"{key}: {_side(before, key)} → {_side(after, key)}"
+        for key in changed
+        if not any(key.startswith(f"{stage}.") for stage in alone)
+    ]
+
+
+def _stage_keys(recipe: Mapping[str, Any]) -> set[str]:
+    return {key_name(("stages", i, name)) for i, stage in enumerate(recipe["stages"]) for name in stage}
 
 
 def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
