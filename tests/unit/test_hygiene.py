@@ -17,6 +17,7 @@ from posttrain.data.hygiene.screens import Repetition
 from posttrain.data.ledger import Bucket, Entry
 from posttrain.data.prepare import Lost, _screened
 from posttrain.errors import DataError
+from posttrain.methods.screens import PairLengths
 from posttrain.records import Example, Message, Pair, Rated, Row, Stepwise, Task
 
 
@@ -212,6 +213,14 @@ def test_conflicts_of_each_kind_are_found_on_both_sides() -> None:
         "p:1": "p:2", "p:2": "p:1", "r:1": "r:3", "r:2": "r:3", "r:3": "r:1",
         "s:1": "s:2", "s:2": "s:1", "t:1": "t:2", "t:2": "t:1",
     }  # fmt: skip
+
+
+def test_swapped_pairs_and_length_bias_are_told() -> None:
+    rows = [pair("a", "long answer", "short"), pair("b", "short", "long answer"), pair("c", "abc", "a")]
+    assert [c.id for c in conflicts(rows)] == ["a", "b"]
+    lengths = PairLengths()
+    assert [(row.id, verdict) for row, verdict in lengths(iter(rows))] == [("a", None), ("b", None), ("c", None)]
+    assert lengths.notes() == ("3 pairs: chosen is longer in 67%, shorter in 33%",)
 
 
 def test_pairs_and_thumbs_contradict_each_other_where_they_judge_one_answer() -> None:
