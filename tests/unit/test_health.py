@@ -245,6 +245,8 @@ def test_a_reward_model_that_is_fooled_stops_the_run() -> None:
     assert spoken(hacked([0.3, 0.4, 0.5], [0.6, 0.6, 0.61])) == {}
     assert spoken(hacked([0.3, 0.3, 0.34], [0.6, 0.6, 0.5])) == {}
     assert spoken(hacked([0.3, 0.5], [0.6, 0.5])) == {}, "two evaluations show nothing"
+    assert spoken(hacked([0.3, 0.4, 0.5], [0.98, 0.97, 0.97])) == {}, "checks that can hardly rise"
+    assert set(spoken(hacked([0.3, 0.4, 0.5], [0.98, 0.95, 0.89]))) == {"reward_hacking"}
 
 
 FALLING = PreferenceHealthSettings()

@@ -17,7 +17,7 @@ MIN_FAILURES = 3  # failed answers in the window before a failing or hanging rew
 MIN_GROUPS = 8  # groups that show a correlation
 GROWN = 1.05  # answers must be longer than at first by this before a reward is said to pay length
 SPREADING = 0.1  # a beginning must be used by this share of the answers more than at first
-CONVERGED = 0.9  # a policy that earns this much has little left to explore
+CONVERGED = 0.9  # a policy that earns this much has little left to explore, or to gain
 NO_GAIN = 0.02  # a reward that gained no more than this is flat
 MIN_ANSWERS = 64  # preferred answers in the window before they are said to fall
 
@@ -288,7 +288,8 @@ def _reward_hacking(r: RuleSettings, history: History) -> Finding | None:
         return None
     rise = points[-1].opinion - points[0].opinion
     gain = points[-1].checked - points[0].checked
-    if not rise >= r.limit or gain > 0:
+    settled = min(points[0].checked, points[-1].checked) >= CONVERGED  # checks that can hardly rise
+    if not rise >= r.limit or gain > 0 or settled:
         return None
     cause = "the policy is learning the reward model's mistakes: its score rises, held-out checks do not"
     opinions, checks = [(p.step, p.opinion) for p in points], [(p.step, p.checked) for p in points]
