@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from posttrain.models.products import product
+
 TILE = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits of a tile: on a CPU it should stay in its cache
 LEAST_ROWS = 64  # of a tile, or its matrix products become slow
 KEEP = {"cpu": 1 << 26, "cuda": 1 << 28}  # entries of the slope that may be kept for the backward pass
@@ -34,7 +36,7 @@ class Head:
 
     def logits(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
         """(N, V) in float32 or wider. For the sampler and the tiles below; never call it on a whole training batch."""
-        logit_NV = (hidden_ND @ self.weight_VD.to(hidden_ND.dtype).T).to(_wide(hidden_ND))
+        logit_NV = product(hidden_ND, self.weight_VD.to(hidden_ND.dtype)).to(_wide(hidden_ND))
         if self.bias_V is not None:
             logit_NV += self.bias_V
         if self.softcap is not None:
@@ -160,7 +162,7 @@ class _Score(torch.autograd.Function):
             logp_N[tile], entropy_N[tile] = _score_tile(head, hidden_ND[tile], target_N[tile], temperature, slope_RV)
             if slope_ND is not None:
                 assert slope_RV is not None
-                torch.mm(slope_RV, compute, out=slope_ND[tile])
+                slope_ND[tile] = product(slope_RV, compute.t())
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, slope_ND, slope_NV)
         ctx.constants = softcap, scale, temperature
         ctx.mark_non_differentiable(entropy_N)
@@ -174,7 +176,8 @@ class _Score(torch.autograd.Function):
         grad_N1 = grad_N[:, None].to(hidden_ND.dtype)
         if slope_NV is not None:
             # The factor of each row is taken out of the products: no pass over (N, V).
-            grad_hidden = (slope_NV @ weight_VD.to(hidden_ND.dtype)).mul_(grad_N1) if ctx.needs_input_grad[0] else None
+            compute = weight_VD.to(hidden_ND.dtype)
+            grad_hidden = product(slope_NV, compute.t()).mul_(grad_N1) if ctx.needs_input_grad[0] else None
             grad_weight = (slope_NV.T @ (grad_N1 * hidden_ND)).to(weight_VD.dtype)
             grad_bias = (slope_NV.T @ grad_N1).squeeze(1).to(bias_V.dtype) if bias_V is not None else None
             return grad_hidden, grad_weight, grad_bias, None, None, None, None
