@@ -229,6 +229,7 @@ def test_output_is_compared_line_by_line() -> None:
     double = "x = int(input())\nprint(x, end='  \\n')\nif x == 3: print(6)\nprint()"
     assert graded(double, row) == 1.0
     assert graded(double.replace("6", "7"), row) == 0.0
+    assert graded("x = int(input())\nprint('3\\x0c6' if x == 3 else 4)", row) == 0.0, "a form feed ends no line"
     assert (
         graded("if __name__ == '__main__':\n    x = input()\n    print(x + ('\\n6' if x == '3' else ''))", row) == 1.0
     )

@@ -12,6 +12,7 @@ import pytest
 
 from posttrain.errors import DataError, PosttrainError
 from posttrain.gate import report as reports
+from posttrain.gate.answer import read_answers, write_answers
 from posttrain.gate.decide import compared, judge, measure, too_many_failed
 from posttrain.gate.suites import ItemResult, Suite, grade, load_suite
 from posttrain.records import Completion, GateReport, Message, Outcome, Sampling, Status, Task
@@ -401,3 +402,13 @@ def test_the_gate_never_loads_torch() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert out.stdout.strip() == "set()"
+
+
+def test_answers_are_read_back_whatever_line_ends_they_hold(tmp_path: Path) -> None:
+    """U+2028 and its like end a line for some readers; JSON leaves them as they are."""
+    texts = ["one\u2028two", "a\x85b\u2029c", "x\x0b\x0c\x1c\x1d\x1e\r\ny", "", "plain"]
+    given = [ItemResult(f"items.jsonl:{i}", 1.0, Outcome.SCORED, text, 1) for i, text in enumerate(texts)]
+    write_answers(tmp_path / "answers.jsonl", given)
+    assert read_answers(tmp_path / "answers.jsonl") == given
+    write_answers(tmp_path / "answers.jsonl", [])
+    assert read_answers(tmp_path / "answers.jsonl") == []

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import rows, small_data, tiny_base
+from small_run import Said, rows, small_data, tiny_base
 
 from posttrain.data.render import Renderer
 from posttrain.methods import dpo, grpo
+from posttrain.methods.prepared import training_rows
 from posttrain.methods.stage import Stage
 from posttrain.models.load import load_policy
 from posttrain.reporting import Reporter
-from posttrain.settings import DPOSettings, GRPOSettings
+from posttrain.settings import METHODS, DPOSettings, GRPOSettings, SFTSettings
 from posttrain.train import loop
+
+Rows = list[dict[str, Any]]
 
 
 def stage(folder: Path) -> Stage:
@@ -64,3 +68,60 @@ def test_dpo_keeps_references_of_equal_ids_apart(tmp_path: Path) -> None:
     asked = [json.loads((this.place.directory / f"reference{end}.json").read_text()) for end in ("", "-eval")]
     assert asked[0]["ids"] == asked[1]["ids"], "the ids do collide"
     assert asked[0]["logps"] != asked[1]["logps"]
+
+
+def shared(
+    tmp_path: Path, kind: str, train: list[dict[str, Any]], held: list[dict[str, Any]], **keys: Any
+) -> list[str]:
+    """What a stage says of its rows."""
+    for name, found in (("train", train), ("eval", held)):
+        rows(tmp_path / f"{name}.jsonl", found)
+    said = Said()
+    s = METHODS[kind](datasets=[{"path": "train.jsonl"}], eval_datasets=[{"path": "eval.jsonl"}], max_length=64, **keys)
+    this = replace(stage(tmp_path), reporter=said)
+    training_rows(this, s, {"sft": "example", "dpo": "pair", "grpo": "task"}[kind])
+    again = replace(this, reporter=(repeated := Said()))
+    training_rows(again, s, {"sft": "example", "dpo": "pair", "grpo": "task"}[kind])
+    warned = [line for line in said.lines if "eval_datasets" in line]
+    assert [line for line in repeated.lines if "eval_datasets" in line] == warned, "also when they were prepared before"
+    return warned
+
+
+def sums(*numbers: int, kind: str) -> list[dict[str, Any]]:
+    answers = {
+        "sft": lambda i: {"completion": f"It is {i}."},
+        "dpo": lambda i: {"chosen": f"It is {i}.", "rejected": "No idea."},
+        "grpo": lambda i: {"answer": str(i)},
+    }
+    return [{"prompt": f"What is {i}?", **answers[kind](i)} for i in numbers]
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"), [("sft", {}), ("dpo", {}), ("grpo", {"rewards": ["math"], "max_completion_length": 8})]
+)
+def test_rows_that_are_trained_on_and_evaluated_on_are_told(tmp_path: Path, kind: str, keys: dict[str, Any]) -> None:
+    overlapping = sums(3, 9, 1, 5, 7, 2, kind=kind)
+    overlapping[2]["prompt"] += "  \n"  # white space says nothing
+    (said,) = shared(tmp_path, kind, sums(1, 2, 3, 4, 5, kind=kind), overlapping, **keys)
+    assert said == (
+        "1-test: warning: 4 training rows stand in eval_datasets too, so its figures flatter (train.jsonl:1 is "
+        "eval.jsonl:3; train.jsonl:2 is eval.jsonl:6; train.jsonl:3 is eval.jsonl:1; and 1 more). Remove them from one "
+        "side, or name the evaluation file in decontaminate.against."
+    )
+
+
+def test_other_answers_to_the_same_prompt_are_not_the_same_row(tmp_path: Path) -> None:
+    other = [{**row, "completion": "It is late."} for row in sums(1, 2, kind="sft")]
+    assert shared(tmp_path, "sft", sums(1, 2, kind="sft"), other) == []
+
+
+def test_a_changed_evaluation_file_is_compared_anew(tmp_path: Path) -> None:
+    rows(tmp_path / "train.jsonl", sums(1, 2, 3, kind="sft"))
+    files: dict[str, Any] = {"datasets": [{"path": "train.jsonl"}], "eval_datasets": [{"path": "eval.jsonl"}]}
+    this, s = stage(tmp_path), SFTSettings(**files, max_length=64)
+    told = []
+    for number in (7, 3):
+        rows(tmp_path / "eval.jsonl", sums(number, kind="sft"))
+        training_rows(replace(this, reporter=(said := Said())), s, "example")
+        told.append(sum("eval_datasets" in line for line in said.lines))
+    assert told == [0, 1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_run import go, recipe, rows, sft, small_data, tiny_base
 
-from posttrain.data.filters import apply, judge
+from posttrain.data.filters import Filters, judge
 from posttrain.errors import RecipeError
 from posttrain.records import Example, Message, Pair, Row, Task
 from posttrain.settings import FilterSettings
@@ -62,14 +62,15 @@ def test_masking_replaces_and_everything_else_leaves_the_row_itself() -> None:
 def test_counts_add_up_and_are_said() -> None:
     texts = [ENGLISH, GERMAN, "Ja.", "mail jane@gmail.com now, please, as I asked you before", GERMAN]
     read = [example(text, f"r{i}") for i, text in enumerate(texts)]
-    done = apply(read, FilterSettings(languages=["en"], pii="mask"))
-    assert [row.id for row in done.rows] == ["r0", "r2", "r3"]
-    assert done.dropped == (("r1", "language de"), ("r4", "language de"))
-    assert done.said == (
+    filters = Filters(FilterSettings(languages=["en"], pii="mask"))
+    done = list(filters(read))
+    assert [row.id for row, lost in done if lost is None] == ["r0", "r2", "r3"]
+    assert [(row.id, lost.reason) for row, lost in done if lost] == [("r1", "language de"), ("r4", "language de")]
+    assert filters.notes() == [
         "filters drop 2 rows: 2 language de",
         "personal data in 1 row, masked: email in 1",
         "1 row in no language that could be told, kept",
-    )
+    ]
 
 
 @pytest.mark.parametrize(

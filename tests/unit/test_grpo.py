@@ -81,7 +81,7 @@ def test_a_step_learns_from_groups_with_spread_and_counts_every_verdict(tmp_path
     assert item.tree.branches == (Branch((10, 11), (True, True)),) * 2
     assert item.sampler_logps == (-1.0,) * 4
     assert batch.count == 4
-    found = group_figures([spread, flat, silent], objective(tmp_path).settings)
+    found = group_figures([spread, flat, silent], objective(tmp_path).settings, {})
     assert found == {
         "zero_spread_share": Mean(2, 3),
         "all_right_share": Mean(1, 3),

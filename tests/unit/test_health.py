@@ -16,9 +16,9 @@ from posttrain.losses.terms import Mean
 from posttrain.recipe import load_recipe
 from posttrain.records import Opening, Signs
 from posttrain.reporting import Reporter
-from posttrain.settings.health import ADAPTABLE, HealthSettings, RuleSettings
+from posttrain.settings.health import ADAPTABLE, HealthSettings, PreferenceHealthSettings, RuleSettings, WatchSettings
 from posttrain.train.guard import LEVERS, Guard
-from posttrain.train.health import RULES, Finding, blind, findings, in_doubt
+from posttrain.train.health import RULES, Finding, asked, blind, findings, in_doubt
 from posttrain.train.history import History
 
 ALL = HealthSettings()
@@ -36,15 +36,17 @@ def history(
     return found
 
 
-def spoken(h: History, rules: HealthSettings = ALL) -> dict[str, Finding]:
+def spoken(h: History, rules: WatchSettings = ALL) -> dict[str, Finding]:
     return {finding.rule: finding for finding, _ in findings(rules, h)}
 
 
 def test_settings_rules_and_levers_belong_together() -> None:
-    named = {name for name, field in HealthSettings.model_fields.items() if isinstance(field.default, RuleSettings)}
-    assert {rule.name for rule in RULES} == named
-    assert all(rule.of(ALL) is getattr(ALL, rule.name) for rule in RULES)
-    assert set(ADAPTABLE) <= named
+    kinds = (HealthSettings, PreferenceHealthSettings)
+    fields = [(name, field.default) for kind in kinds for name, field in kind.model_fields.items()]
+    named = [name for name, default in fields if isinstance(default, RuleSettings)]
+    assert sorted(rule.name for rule in RULES) == sorted(named), "each rule watches stages of one kind"
+    assert [rule.name for kind in kinds for rule, _ in asked(kind())] == [rule.name for rule in RULES]
+    assert set(ADAPTABLE) <= set(named)
     assert set(ADAPTABLE.values()) == set(LEVERS)
 
 
@@ -243,6 +245,49 @@ def test_a_reward_model_that_is_fooled_stops_the_run() -> None:
     assert spoken(hacked([0.3, 0.4, 0.5], [0.6, 0.6, 0.61])) == {}
     assert spoken(hacked([0.3, 0.3, 0.34], [0.6, 0.6, 0.5])) == {}
     assert spoken(hacked([0.3, 0.5], [0.6, 0.5])) == {}, "two evaluations show nothing"
+    assert spoken(hacked([0.3, 0.4, 0.5], [0.98, 0.97, 0.97])) == {}, "checks that can hardly rise"
+    assert set(spoken(hacked([0.3, 0.4, 0.5], [0.98, 0.95, 0.89]))) == {"reward_hacking"}
+
+
+FALLING = PreferenceHealthSettings()
+
+
+def fallen(share: float, margin: float, *, n: int = 16, steps: int = 10, rated: bool = False) -> History:
+    """`n` better answers a step, of which `share` are less likely than under the reference. `rated`: thumbs."""
+    figures = {"good_fallen_share": share, "reward_good": margin / 2, "reward_bad": -margin / 2}
+    if not rated:
+        figures = {"chosen_fallen_share": share, "reward_margin": margin}
+    note = Signs(notes={} if rated else {"chosen_fallen_share": "Add the SFT term."})
+    h = History(length=20)
+    for i in range(steps):
+        h.add(i + 1, {name: Mean(value * n, n) for name, value in figures.items()}, note)
+    return h
+
+
+@pytest.mark.parametrize("rated", [False, True], ids=["pairs", "thumbs"])
+def test_better_answers_that_become_less_likely_are_told_with_what_to_change(rated: bool) -> None:
+    found = spoken(fallen(13 / 16, 0.5, rated=rated), FALLING)["chosen_falling"]
+    assert found.cause == (
+        "81% of the better answers are less likely than under the reference, while the margin grows: the others are "
+        "pushed down, and what takes their place is neither"
+    )
+    assert found.evidence == "130 of 160 answers at steps 1 to 10; margin 0.5"
+    assert (found.remedy, found.onset) == ("Raise beta." if rated else "Add the SFT term.", 1)
+    both = spoken(fallen(13 / 16, -0.5, rated=rated), FALLING)["chosen_falling"]
+    assert both.cause.endswith("and the others are not worse off: both are lost")
+    assert both.remedy == "Lower learning_rate."
+    assert spoken(fallen(12 / 16, 0.5, rated=rated), FALLING) == {}
+    assert set(spoken(fallen(1.0, 0.5, n=8, steps=8, rated=rated), FALLING)) == {"chosen_falling"}
+    assert spoken(fallen(1.0, 0.5, n=7, steps=9, rated=rated), FALLING) == {}, "63 answers say little"
+    lower = PreferenceHealthSettings.model_validate({"chosen_falling": {"limit": 0.5, "steps": 4}})
+    assert spoken(fallen(0.6, 0.5, rated=rated), lower)["chosen_falling"].onset == 7
+
+
+def test_falling_answers_are_doubted_over_the_whole_window() -> None:
+    back = PreferenceHealthSettings.model_validate({"chosen_falling": {"action": "rollback"}})
+    assert in_doubt(back, fallen(0.73, 0.5))
+    assert not in_doubt(back, fallen(0.7, 0.5))
+    assert not in_doubt(FALLING, fallen(1.0, 0.5)), "a rule that only warns makes no checkpoint bad"
 
 
 def test_own_rules_watch_any_figure() -> None:

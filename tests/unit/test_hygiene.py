@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.data.hygiene import audit_pairs
 from posttrain.data.hygiene.duplicates import Content, Rules, content, find_duplicates
 from posttrain.data.hygiene.labels import conflicts
 from posttrain.data.hygiene.minhash import rows_per_band, shingles
-from posttrain.data.hygiene.screens import Repetition, screened
-from posttrain.data.ledger import Bucket
+from posttrain.data.hygiene.screens import Repetition
+from posttrain.data.ledger import Bucket, Entry
+from posttrain.data.prepare import Lost, _screened
 from posttrain.errors import DataError
+from posttrain.methods.screens import PairLengths
 from posttrain.records import Example, Message, Pair, Rated, Row, Stepwise, Task
 
 
@@ -30,6 +31,10 @@ def said(text: str) -> tuple[Message, ...]:
 
 def pair(row_id: str, chosen: str, rejected: str, prompt: str = "Hi") -> Pair:
     return Pair(row_id, user(prompt), said(chosen), said(rejected))
+
+
+def rated(row_id: str, answer: str, good: bool) -> Rated:
+    return Rated(row_id, user("Hi"), said(answer), good)
 
 
 def example(row_id: str, prompt: str, answer: str) -> Example:
@@ -210,10 +215,25 @@ def test_conflicts_of_each_kind_are_found_on_both_sides() -> None:
     }  # fmt: skip
 
 
-def test_swapped_pairs_and_length_bias_are_reported() -> None:
-    audit = audit_pairs([pair("a", "long answer", "short"), pair("b", "short", "long answer"), pair("c", "abc", "a")])
-    assert audit.contradicting == ("a", "b")
-    assert str(audit) == "3 pairs: chosen is longer in 67%, shorter in 33%; 2 contradict another pair"
+def test_swapped_pairs_and_length_bias_are_told() -> None:
+    rows = [pair("a", "long answer", "short"), pair("b", "short", "long answer"), pair("c", "abc", "a")]
+    assert [c.id for c in conflicts(rows)] == ["a", "b"]
+    lengths = PairLengths()
+    assert [(row.id, verdict) for row, verdict in lengths(iter(rows))] == [("a", None), ("b", None), ("c", None)]
+    assert lengths.notes() == ("3 pairs: chosen is longer in 67%, shorter in 33%",)
+
+
+def test_pairs_and_thumbs_contradict_each_other_where_they_judge_one_answer() -> None:
+    """Pairs alone do not: an answer may win over one and lose to another."""
+    pairs = [pair("p:1", "a", "b"), pair("p:2", "b", "c"), pair("p:3", "x", "y")]
+    assert conflicts(pairs) == []
+    thumbs = [rated("r:1", "a", False), rated("r:2", "y", True), rated("r:3", "x", True), rated("r:4", "z", False)]
+    expected = {"p:1": "r:1", "r:1": "p:1", "p:3": "r:2", "r:2": "p:3"}
+    for rows in (pairs + thumbs, thumbs + pairs):
+        found = conflicts(rows)
+        assert {c.id: c.other for c in found} == expected
+        assert [c.id for c in found] == [row.id for row in rows if row.id in expected]
+        assert {c.what for c in found} == {"the same answer, preferred in a pair and rated the other way"}
 
 
 ROWS = [pair("p:1", "a", "b"), pair("p:2", "b", "a"), pair("p:3", "c", "d"), pair("p:4", "c", "d")]
@@ -238,14 +258,12 @@ def test_conflicts_and_duplicates_are_left_out_with_their_reasons() -> None:
         list(Repetition(None, "error")(ROWS))
 
 
-class Lost:
-    """What another part of the program took out before."""
-
-    id = "lost"
-
-
 def test_screens_in_turn_keep_the_order_and_the_first_verdict() -> None:
+    """As rows are prepared: what was lost before goes through a screen untouched."""
+    lost = Lost("lost", Entry(Bucket.DROPPED, "empty answer"))
     first, second = Repetition(None, "drop"), Repetition(Rules(), "report")
-    found = list(screened([*ROWS[:3], Lost(), ROWS[3]], [first, second]))
-    assert [row.id for row, _ in found] == ["p:1", "p:2", "p:3", "lost", "p:4"]
-    assert [verdict and str(verdict.bucket) for _, verdict in found] == ["dropped", "dropped", None, None, "duplicate"]
+    found = list(_screened(_screened(iter([*ROWS[:3], lost, ROWS[3]]), first), second))
+    assert [item.id for item in found] == ["p:1", "p:2", "p:3", "lost", "p:4"]
+    fates = [str(item.entry.bucket) if isinstance(item, Lost) else None for item in found]
+    assert fates == ["dropped", "dropped", None, "dropped", "duplicate"]
+    assert found[3] == lost

@@ -67,7 +67,11 @@ CASES: dict[str, list[tuple[dict[str, Any], list[str], list[str]]]] = {
         ({"postscript_marker": "P.P.S"}, ["P.P.S one more"], ["P.S. one more"]),
     ],
     "detectable_format:number_bullet_lists": [
-        ({"num_bullets": 2}, ["* a\n* b", "- a\n  - b", "List:\n* a\n- b"], ["* a", "* a\n* b\n* c", "**a**\n**b**"]),
+        (
+            {"num_bullets": 2},
+            ["* a\n* b", "- a\n  - b", "List:\n* a\n- b"],
+            ["* a", "* a\n* b\n* c", "**a**\n**b**", "* a\u2028* b"],
+        ),
     ],
     "detectable_format:constrained_response": [
         ({}, ["My answer is yes.", "Well. My answer is maybe."], ["yes", "my answer is yes", "My answer is yes"]),
@@ -86,7 +90,7 @@ CASES: dict[str, list[tuple[dict[str, Any], list[str], list[str]]]] = {
         ({}, ['{"a": 1}', '```json\n{"a": [1]}\n```', "[]"], ['{"a": 1', "a", '{"a": 1} so', "[" * 100_000]),
     ],
     "detectable_format:title": [
-        ({}, ["<<Joy>>\nand more", "so <<a b>>"], ["<Joy>", "<<>>", "<< >>", "<<a\nb>>", ">>a<<"]),
+        ({}, ["<<Joy>>\nand more", "so <<a b>>", "<<a\u2028b>>"], ["<Joy>", "<<>>", "<< >>", "<<a\nb>>", ">>a<<"]),
     ],
     "combination:two_responses": [
         ({}, ["a\n******\nb", "******a******b"], ["a", "a******a", "a******b******c", "a************b"]),

@@ -1,7 +1,8 @@
 """Every key a recipe or a suite may hold is read by the code that does the work; none is only accepted.
 
 Static: a key counts as read where some module outside the recipe layer takes an attribute of its name, or asks for it
-by name with getattr. That cannot prove that each reader means this very key, but it notices one that nobody reads.
+by name with getattr, or as a health rule. That cannot prove that each reader means this very key, but it notices one
+that nobody reads.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from posttrain.settings import (
     HealthSettings,
     LoraSettings,
     OwnRule,
+    PreferenceHealthSettings,
     RecipeSettings,
     Retry,
     RuleSettings,
@@ -39,6 +41,7 @@ SECTIONS: tuple[type[Section], ...] = (
     GateSettings,
     Retry,
     HealthSettings,
+    PreferenceHealthSettings,
     RuleSettings,
     OwnRule,
     ScorerSettings,
@@ -54,7 +57,7 @@ def names_read(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             yield node.attr
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "Rule"):
             yield from (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
 
 

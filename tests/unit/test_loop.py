@@ -108,7 +108,7 @@ def infinite_gradient(loss: LossSum, p: torch.Tensor) -> LossSum:
 
 
 @pytest.mark.parametrize("fault", [nan_loss, infinite_gradient])
-@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("method", ["sft", "dpo", "dpo-aot", "kto", "simpo", "grpo"])
 def test_a_step_that_is_not_finite_is_refused_and_its_batch_kept(
     method: str, fault: Callable[..., LossSum], tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ answers of another model, a second copy of the weights.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,15 +21,14 @@ from tiny import byte_tokenizer, largest_gap, random_tree, tiny_policy
 from posttrain.errors import ModelError, TrainingStopped
 from posttrain.losses.pairs import PairLogps
 from posttrain.losses.preference import PREFERENCE_LOSSES
-from posttrain.losses.terms import Mean
 from posttrain.methods import against, dpo, kto
 from posttrain.methods.stage import Stage
 from posttrain.models import reference as reference_module
 from posttrain.models.policy import Policy
 from posttrain.models.reference import Reference
 from posttrain.records import Branch
+from posttrain.reporting import Reporter
 from posttrain.settings import DPOSettings
-from posttrain.train.falling import FallingWatch
 from posttrain.train.loop import micro_batches
 from posttrain.train.metrics import read_metrics
 
@@ -295,46 +295,72 @@ def test_a_reference_of_another_shape_cannot_follow(tmp_path: Path) -> None:
 # --- falling chosen answers ----------------------------------------------------------------------------------------
 
 
-def test_the_watch_speaks_once_and_says_what_to_change() -> None:
-    def told(fallen: float, margin: float, n: int = 16, steps: int = 30) -> list[str]:
-        watch = FallingWatch()
-        said = [watch.after_step(Mean(fallen * n, n), Mean(margin * n, n), "Raise beta.") for _ in range(steps)]
-        return [s for s in said if s is not None]
+class Said(Reporter):
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
 
-    assert len(told(0.9, 0.5)) == 1
-    assert told(0.9, 0.5)[0].startswith("90% of the better answers of the last 4 steps are less likely")
-    assert told(0.9, 0.5)[0].endswith("while the margin grows: it grows by pushing the others down, and what takes "
-                                      "their place is neither. Raise beta.")  # fmt: skip
-    assert told(0.9, -0.5)[0].endswith("both are lost. Lower learning_rate.")
-    assert told(0.7, 0.5) == []
-    assert told(1.0, 0.5, n=1, steps=20) == [], "twenty answers say little"
-    watch = FallingWatch()
-    for _ in range(10):
-        watch.after_step(Mean(16, 16), Mean(8, 16), "")
-    again = FallingWatch()
-    again.restore(**watch.state())  # type: ignore[arg-type]
-    assert again.told
-    assert again.after_step(Mean(16, 16), Mean(8, 16), "") is None
+    def line(self, text: str = "") -> None:
+        if "health" in text or "going on" in text:
+            self.lines.append(text)
+
+
+class Killed(Exception):
+    pass
+
+
+def train_falling(directory: Path, *, stop: int | None = None, **keys: Any) -> Said:
+    """`stop`: the power goes after so many steps."""
+    said, policy, place = Said(), toy.policy_for("dpo"), toy.place_in(directory)
+    pairs = [random_tree(i, 3, 5, 4) for i in range(16)]
+    s = toy.METHODS["dpo"].settings(
+        loss_type="apo_down", beta=2.0, learning_rate=3e-3, num_train_epochs=10, save_steps=4, **keys
+    )
+    objective = toy.pair_objective(toy.stage_in(policy, place), s, dpo.pair_loss(s), pairs, [])
+    batch = objective.batch
+
+    def cut(step: int) -> Any:
+        if step == stop:
+            raise Killed
+        return batch(step)
+
+    objective.batch = cut  # type: ignore[method-assign]
+    with contextlib.suppress(Killed):
+        toy.train(policy, objective, s, place, said)
+    return said
 
 
 def test_a_run_that_pushes_chosen_down_is_told_of_it_with_one_setting(tmp_path: Path) -> None:
     """apo_down is made to push both answers down, rejected ones further."""
-    lines: list[str] = []
-    policy = toy.policy_for("dpo")
-    pairs = [random_tree(i, 3, 5, 4) for i in range(16)]
-    s = toy.METHODS["dpo"].settings(
-        loss_type="apo_down", beta=2.0, learning_rate=3e-3, num_train_epochs=10, save_steps=99
-    )
-    stage = toy.stage_in(policy, toy.place_in(tmp_path))
-    objective = toy.pair_objective(stage, s, dpo.pair_loss(s), pairs, [])
-    objective.reporter = type("Told", (), {"line": lambda _, text: lines.append(text)})()  # type: ignore[assignment]
-    toy.train(policy, objective, s, toy.place_in(tmp_path), toy.QUIET)
+    told = train_falling(tmp_path)
     metrics = read_metrics(tmp_path / "metrics.jsonl")
     assert metrics[-1]["chosen_fallen_share"] > 0.8
     assert metrics[-1]["reward_margin"] > 0
-    assert len(lines) == 1
-    assert "1-toy: warning: " in lines[0]
-    assert lines[0].endswith("Add the SFT term: loss_type: [apo_down, sft].")
+    (said,) = told.lines
+    assert "1-toy: health: warning at step " in said
+    assert said.endswith("Add the SFT term: loss_type: [apo_down, sft].")
+    (noted,) = [json.loads(line) for line in (tmp_path / "health.jsonl").read_text().splitlines()]
+    assert (noted["rule"], noted["action"]) == ("chosen_falling", "warn")
+    assert 16 <= noted["step"] <= 20, "64 answers must have been seen, four a step"
+
+
+def test_it_is_told_at_the_same_step_after_a_restart_and_not_twice(tmp_path: Path) -> None:
+    """Stopped within the window and after it was told: what was seen, and that it was told, is in the checkpoint."""
+    whole = train_falling(tmp_path / "whole")
+    for steps, before in ((12, 0), (20, 1)):
+        place = tmp_path / f"stopped-{steps}"
+        first = train_falling(place, stop=steps)
+        assert len(first.lines) == before
+        then = train_falling(place)
+        assert "going on after step" in then.lines[0]
+        assert [*first.lines, *then.lines[1:]] == whole.lines
+        assert (place / "health.jsonl").read_text() == (tmp_path / "whole" / "health.jsonl").read_text()
+
+
+def test_a_recipe_may_stop_a_run_whose_chosen_answers_fall(tmp_path: Path) -> None:
+    with pytest.raises(TrainingStopped, match="of the better answers are less likely") as stopped:
+        train_falling(tmp_path, health={"chosen_falling": {"action": "stop", "steps": 16}})
+    assert stopped.value.where == "1-toy health.chosen_falling"
 
 
 # --- from keys to losses -------------------------------------------------------------------------------------------

@@ -123,6 +123,19 @@ def test_rows_left_out_are_named_and_control_characters_shown(place: Path, capsy
     out = capsys.readouterr().out
     assert "dpo.jsonl:1: left out: chosen and rejected identical" in out
     assert "[[\\x1b[31mred ]][[<|im_end|>]]" in out and "\x1b" not in out
+    assert main(["data", "preview", "recipe.yaml", "--row", "dpo.jsonl:1"]) == 0
+    assert "dpo.jsonl:1: left out: chosen and rejected identical" in capsys.readouterr().out
+
+
+def test_what_filters_do_is_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows(place / "sft.jsonl", [
+        {"prompt": "Fine?", "completion": "ok"}, {"prompt": "Fine?", "completion": "mail jane@gmail.com"},
+    ])  # fmt: skip
+    recipe(place, sft(filters={"min_answer_chars": 3, "pii": "mask"}))
+    assert main(["data", "preview", "recipe.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "with loss, left out by filters: an answer shorter than 3 characters\n" in out
+    assert "mail [EMAIL]" in out and "jane" not in out
 
 
 def test_colours_on_a_terminal(

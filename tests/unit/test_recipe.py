@@ -459,6 +459,9 @@ def test_diff_reads_like_a_sentence() -> None:
     assert "seed: 0 → 1" in found
     assert "1-sft.lora.r: (not set) → 32" in found
     assert diff(old, old) == []
+    shorter = {**old, "stages": old["stages"][:1]}
+    assert diff(old, shorter) == ["2-dpo: only before", "3-grpo: only before"]
+    assert diff(shorter, {**new, "seed": 0})[:2] == ["2-dpo: only now", "3-grpo: only now"]
 
 
 def test_the_schema_knows_every_method_and_refuses_unknown_keys() -> None:

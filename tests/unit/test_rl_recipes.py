@@ -95,10 +95,28 @@ def test_explain_names_the_paper_and_both_values_where_the_recipe_says_otherwise
     assert changed["1-dapo.dynamic_sampling"].origin.endswith("DAPO (Yu et al. 2025): true")
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "why"),
+    [
+        ("rloo", "beta", 0.05, "chosen here, it is not the paper's"),
+        ("reinforce++", "beta", 0.01, "chosen here, it is not the paper's"),
+        ("cispo", "epsilon_high", 4.0, "its paper does not print the bound"),
+        ("gspo", "old_log_probs", "trainer", "the band is narrower than rounding in bfloat16"),
+    ],
+)
+def test_what_a_paper_does_not_fix_is_not_said_to_be_its(kind: str, key: str, value: Any, why: str) -> None:
+    line = next(line for line in explain(load(kind)) if line.key == f"1-{kind}.{key}")
+    assert (line.value, line.origin) == (value, f"default of {kind}: {why}")
+    said = "0.3" if isinstance(value, float) else "sampler"
+    line = next(line for line in explain(load(kind, f"{key}: {said}")) if line.key == f"1-{kind}.{key}")
+    assert line.origin == "x.yaml:8", "and no paper is said to have another"
+    assert not {*PRESETS[kind].chosen} & {*PRESETS[kind].constants, *PRESETS[kind].derived}
+
+
 def test_every_constant_of_a_preset_is_a_key_that_it_reads() -> None:
     for kind, preset in PRESETS.items():
         s = settings(kind)
-        fixed = {*preset.constants, *preset.derived}
+        fixed = {*preset.constants, *preset.derived, *preset.chosen}
         assert fixed <= type(s).model_fields.keys()
         assert not {key for key in fixed & idle(s).keys() if key not in ("kl_estimator", "kl_in")}, kind
 

@@ -13,7 +13,7 @@ import toy
 from posttrain.errors import TrainingStopped
 from posttrain.losses.kl import KL_ESTIMATORS
 from posttrain.losses.terms import Mean
-from posttrain.methods.group_credit import credit, is_partial, item_of, item_state, learns, overlong
+from posttrain.methods.group_credit import credit, group_figures, is_partial, item_of, item_state, learns, overlong
 from posttrain.methods.rounds import Rounds
 from posttrain.records import Completion, Outcome, Request, Sampling, Score, Status, Task
 from posttrain.reporting import Reporter
@@ -135,7 +135,10 @@ def test_a_batch_that_cannot_be_filled_is_told_and_only_what_has_signal_is_learn
 def test_refilling_ends_after_its_rounds() -> None:
     rounds = rounds_of(settings("dapo", max_sampling_rounds=2), Rewards(hard=frozenset(range(N_TASKS))), said=[])
     assert rounds.sample(0, 0).rollouts == ()
-    assert [len(ids) for ids in rounds.engine.asked] == [4, 4, 4]  # type: ignore[attr-defined]
+    assert [len(ids) for ids in rounds.engine.asked] == [4, 4], "the first is one of them"  # type: ignore[attr-defined]
+    once = rounds_of(settings("dapo", max_sampling_rounds=1), Rewards(hard=frozenset({0, 1})), said=(said := []))
+    assert names(once.sample(0, 0).rollouts) == ["2", "3"]
+    assert "after 4 were sampled" in said[0]
 
 
 def test_the_same_round_asks_the_same_whatever_came_before() -> None:
@@ -146,9 +149,9 @@ def test_the_same_round_asks_the_same_whatever_came_before() -> None:
 
 
 def test_a_round_without_any_signal_stops_the_run_at_once(tmp_path: Path) -> None:
-    """Ten more rounds of prompts had none either: that is a dead signal, without waiting for further steps."""
+    """Ten rounds of prompts had none: that is a dead signal, without waiting for further steps."""
     policy = toy.policy_for("dapo")
-    s = toy.METHODS["dapo"].settings(max_sampling_rounds=9, per_device_train_batch_size=1)
+    s = toy.METHODS["dapo"].settings(max_sampling_rounds=10, per_device_train_batch_size=1)
     o = toy.grpo_objective(policy, s, toy.place_in(tmp_path))
     o._rounds.rewards = Flat()  # type: ignore[assignment]
     with pytest.raises(TrainingStopped, match="for 10 batches no group had two different rewards"):
@@ -177,7 +180,7 @@ def test_masked_answers_do_not_make_a_group_partial() -> None:
     cut = Judged(Completion("0", 0, (1,), (-1.0,), Status.CUT, 0), MixScore(Score(0.0, Outcome.CUT), {}))
     group = Rollout(Task("0", ()), (1,), (cut, cut))
     assert not is_partial(group, settings(mask_truncated_completions=True))
-    assert not learns(group, settings(mask_truncated_completions=True))
+    assert not learns(group, settings(mask_truncated_completions=True), {})
 
 
 def test_a_partial_group_is_replaced_where_groups_are_replaced() -> None:
@@ -232,7 +235,7 @@ def test_shaping_comes_before_advantages_and_after_the_choice_of_groups() -> Non
     ]
     group = Rollout(Task("0", ()), (1,), tuple(answers))
     s = settings(overlong_buffer=5, advantage="mean")
-    assert not learns(group, s)
+    assert not learns(group, s, {})
     found = credit([group], s, {})
     item = found.groups[0].item
     assert item is not None and item.advantages == (0.5,) * 5 + (-0.5,) * 10
@@ -255,6 +258,43 @@ def test_several_rewards_combined_after_each_was_standardised() -> None:
     assert summed is not None and first is not None
     assert summed.advantages == pytest.approx((0.3625, -0.3625))  # (3 + 0.9)/4 and ¼, less their mean
     assert first.advantages == pytest.approx((0.5**0.5 / 2, -(0.5**0.5) / 2), abs=1e-4)  # (3 − 1)/4 · √½
+
+
+def test_dynamic_sampling_judges_rewards_as_credit_combines_them() -> None:
+    """Weights 3 and 1. In `sums` what one reward gives the other takes, so that the sums are equal; normalised, the
+    heavier one decides. In `cancels` the sums differ, and normalised with equal weights nothing is left."""
+
+    def group(*parts: tuple[float, float], weights: dict[str, float]) -> Rollout:
+        answers = []
+        for i, (a, b) in enumerate(parts):
+            total = (weights["math"] * a + weights["exact"] * b) / sum(weights.values())
+            scored = {"math": Score(a, Outcome.SCORED), "exact": Score(b, Outcome.SCORED)}
+            answers.append(
+                Judged(
+                    Completion("0", i, (1,), (-1.0,), Status.FINISHED, 0),
+                    MixScore(Score(total, Outcome.SCORED), scored),
+                )
+            )
+        return Rollout(Task("0", ()), (1,), tuple(answers))
+
+    summed, normalised = (
+        settings("dapo", rewards=["math", "exact"], reward_combination=how)
+        for how in ("sum_then_normalize", "normalize_then_sum")
+    )
+    heavy, equal = {"math": 3.0, "exact": 1.0}, {"math": 1.0, "exact": 1.0}
+    sums = group((0.25, 0.0), (0.0, 0.75), (0.25, 0.0), weights=heavy)
+    cancels = group((1.0, 0.0), (0.0, 0.1), (1.0, 0.0), weights=equal)
+    for rollout, weights, s, expected in (
+        (sums, heavy, summed, False),
+        (sums, heavy, normalised, True),
+        (cancels, equal, summed, True),
+        (cancels, equal, normalised, False),
+    ):
+        assert learns(rollout, s, weights) is expected
+        item = credit([rollout], s, weights).groups[0].item
+        assert (item is not None) is expected, "what is kept has an advantage, and what is dropped has none"
+        share = group_figures([rollout], s, weights)["zero_spread_share"]
+        assert share == Mean(float(not expected), 1)
 
 
 # --- what is left out, and what is counted -----------------------------------------------------------------------

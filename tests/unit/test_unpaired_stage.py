@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from small_run import go, grpo, preference, recipe, refused, rows, sft, small_data, tiny_base
 
+from posttrain.cli import main
 from posttrain.cli.data_files import read_stage
 from posttrain.methods import kto
 from posttrain.records import Example, Pair, Rated, Task
@@ -55,5 +56,31 @@ def test_rows_without_a_verdict_are_refused(folder: Path) -> None:
 def test_commands_read_each_stage_as_its_method_does(folder: Path) -> None:
     thumbs = preference("kto", datasets=[{"path": "thumbs.jsonl"}])
     found = recipe(folder, sft(), thumbs, preference("kto"), preference("orpo"), grpo())
-    kinds = [type(read_stage(stage, found.resolve).rows[0]) for stage in found.stages]
-    assert kinds == [Example, Rated, Pair, Pair, Task]
+    read = [read_stage(stage, found.resolve) for stage in found.stages]
+    assert [type(loaded.rows[0]) for loaded in read if loaded] == [Example, Rated, Pair, Pair, Task]
+
+
+def test_commands_look_at_pairs_and_thumbs_of_one_stage(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One pair of small data prefers what a thumb calls bad."""
+    pairs = [json.loads(line) for line in (folder / "dpo.jsonl").read_text().split("\n") if line][:6]
+    rows(folder / "some.jsonl", pairs)
+    bad = {"prompt": pairs[2]["prompt"], "completion": pairs[2]["chosen"], "label": False}
+    rows(folder / "bad.jsonl", [bad, {**bad, "completion": "Both."}])
+    recipe(folder, sft(), preference("kto", datasets=[{"path": "some.jsonl"}, {"path": "bad.jsonl"}]), file="two.yaml")
+    assert main(["data", "audit", str(folder / "two.yaml"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)["reports"][1]
+    assert report["kind"] == "pairs and rated answers"
+    assert set(report["conflicts"]) == {"some.jsonl:3", "bad.jsonl:1"}
+    assert main(["data", "dedup", str(folder / "two.yaml")]) == 0
+    said = "2 rows contradict another row, e.g. some.jsonl:3 and bad.jsonl:1: the same answer, preferred in a pair and"
+    assert said in capsys.readouterr().out
+
+
+def test_commands_pass_over_rows_that_a_run_makes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = {"reject": {"datasets": [{"path": "grpo.jsonl"}], "rewards": ["exact"], "max_completion_length": 4}}
+    written = recipe(folder, sft(), made, sft(datasets=[{"stage": "reject"}]), file="three.yaml")
+    for command in ("audit", "dedup", "preview"):
+        assert main(["data", command, str(written.path)]) == 0
+        out, err = capsys.readouterr()
+        assert err.startswith("3-sft: the rows of reject are made by a run, and are not looked at here")
+        assert "2-reject" in out

@@ -16,6 +16,7 @@ from posttrain.cli import (
     doctor,
     evaluate,
     generate,
+    home,
     import_,
     merge,
     models,
@@ -73,4 +74,5 @@ app.command("eval", rich_help_panel=MODELS)(evaluate.evaluate)
 app.command("compare", rich_help_panel=MODELS)(evaluate.compare)
 app.command("merge", rich_help_panel=MODELS)(merge.merge)
 app.add_typer(models.models_app, name="models", rich_help_panel=MODELS)
+app.command("home", rich_help_panel=MACHINE)(home.home)
 app.command("doctor", rich_help_panel=MACHINE)(doctor.doctor)

@@ -136,8 +136,8 @@ def _sets(
     recipe = load_recipe(names[0], overrides)
     sets = []
     for stage in recipe.stages:
-        loaded = read_stage(stage, recipe.resolve)
-        sets.append(Set(f"{recipe.name} {stage.key}", tuple(words), loaded))
+        if (loaded := read_stage(stage, recipe.resolve)) is not None:
+            sets.append(Set(f"{recipe.name} {stage.key}", tuple(words), loaded))
     return sets
 
 

@@ -153,8 +153,8 @@ def _stages(words: Sequence[str]) -> list[tuple[str, Loaded[Any]]]:
     recipe = load_recipe(names[0], [word for word in words if OVERRIDE.match(word)])
     read = []
     for stage in recipe.stages:
-        loaded = read_stage(stage, recipe.resolve)
-        read.append((f"{recipe.name} {stage.key}", loaded))
+        if (loaded := read_stage(stage, recipe.resolve)) is not None:
+            read.append((f"{recipe.name} {stage.key}", loaded))
     return read
 
 

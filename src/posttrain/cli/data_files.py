@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from posttrain.data.sources.rows import RawRow
     from posttrain.recipe import Stage
     from posttrain.records import Row
+    from posttrain.settings import DatasetSettings
 
 FormatOption = Annotated[
     str, typer.Option("--format", metavar="FORMAT", help="How rows are built; default: by their columns.")
@@ -26,6 +27,19 @@ ColumnOption = Annotated[
     typer.Option("--column", metavar="OURS=THEIRS", help="E.g. prompt=question; may be given several times."),
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N rows of each file.")]
+# What a method makes of its rows. Kinds are those of posttrain.data.job.
+KIND_OF = {
+    "sft": "example",
+    "dpo": "pair",
+    "kto": "judged",
+    "simpo": "pair",
+    "cpo": "pair",
+    "orpo": "pair",
+    "reward_model": "pair",
+    "process_reward_model": "stepwise",
+    **dict.fromkeys(("grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce++", "ppo"), "task"),
+    **dict.fromkeys(("distill", "reject"), "task"),
+}
 FilesArgument = Annotated[list[str], typer.Argument(metavar="FILES…", help="Files with rows.", show_default=False)]
 
 
@@ -81,15 +95,22 @@ def read_groups(
     ]
 
 
-def read_stage(stage: Stage, resolve: Callable[[str], Path]) -> Loaded[Any]:
-    """The rows a recipe's stage learns from, as its method reads them."""
-    from posttrain.data.formats import read
-    from posttrain.records import Example, Judged, Pair, Stepwise, Task
-    from posttrain.settings import FAMILY
+def on_disk(stage: Stage) -> list[DatasetSettings]:
+    """The data sets of a stage that are there before a run. Others are told."""
+    found = [dataset for dataset in stage.settings.datasets if dataset.stage is None]
+    made = ", ".join(str(dataset.stage) for dataset in stage.settings.datasets if dataset.stage is not None)
+    if made:
+        typer.echo(f"{stage.key}: the rows of {made} are made by a run, and are not looked at here", err=True)
+    return found
 
-    prompts = dict.fromkeys((*FAMILY, "ppo"), Task)
-    kinds: dict[str, Any] = {**prompts, "sft": Example, "kto": Judged, "process_reward_model": Stepwise}
-    return read(stage.settings.datasets, resolve, kinds.get(stage.method, Pair))
+
+def read_stage(stage: Stage, resolve: Callable[[str], Path]) -> Loaded[Any] | None:
+    """The rows a recipe's stage learns from, as its method reads them; None where all are made by a run."""
+    from posttrain.data.formats import read
+    from posttrain.data.job import KINDS
+
+    datasets = on_disk(stage)
+    return read(datasets, resolve, KINDS[KIND_OF[stage.method]].row) if datasets else None
 
 
 def resolve(path: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +22,7 @@ from posttrain.cli.common import (
     print_next,
     recipe_and_overrides,
 )
+from posttrain.cli.data_files import KIND_OF, on_disk
 from posttrain.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -38,19 +39,6 @@ StageOption = Annotated[
 CountOption = Annotated[int, typer.Option("-n", min=1, help="Rows per stage.")]
 RowOption = Annotated[str | None, typer.Option("--row", metavar="ID", help="This row, as FILE:NUMBER.")]
 
-# What a method makes of its rows. Kinds are those of posttrain.data.job.
-KIND_OF = {
-    "sft": "example",
-    "dpo": "pair",
-    "kto": "judged",
-    "simpo": "pair",
-    "cpo": "pair",
-    "orpo": "pair",
-    "reward_model": "pair",
-    "process_reward_model": "stepwise",
-    **dict.fromkeys(("grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "reinforce++", "ppo"), "task"),
-    **dict.fromkeys(("distill", "reject"), "task"),
-}
 # Of a row's text only line breaks and tabs reach the terminal as they are.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -64,7 +52,7 @@ def preview(
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show rows as they will be trained on, before filters: special tokens visible, what carries loss marked."""
+    """Show rows as they will be trained on, filters applied: special tokens visible, what carries loss marked."""
     from posttrain.recipe import load_recipe
 
     name, overrides = recipe_and_overrides(words, option, "data preview")
@@ -72,7 +60,7 @@ def preview(
     stages = _stages(recipe, stage)
     renderer = _renderer(recipe, home)
     found = [(each, *_shown(renderer, recipe, each, n, row)) for each in stages]
-    if row is not None and not any(rows for _, rows, _ in found):
+    if row is not None and not any(rows or lost for _, rows, lost in found):
         raise DataError(f"no stage has a row {row}.", remedy="Row ids are FILE:NUMBER, e.g. train.jsonl:17.")
     if as_json:
         print_json(
@@ -116,17 +104,25 @@ def _renderer(recipe: Recipe, home: str | None) -> Renderer:
 def _shown(
     renderer: Renderer, recipe: Recipe, stage: Stage, n: int, row_id: str | None
 ) -> tuple[list[Shown], dict[str, str]]:
-    """The first rows of a stage, or the one asked for; and why rows among them are left out before rendering."""
+    """The first rows of a stage, or the one asked for; and why rows among them say nothing to learn from."""
+    from posttrain.data.filters import judge
     from posttrain.data.formats import stream
     from posttrain.data.job import KINDS
     from posttrain.data.preview import show
 
     job = _job(stage)
-    rows: Iterable[Any] = stream(stage.settings.datasets, recipe.resolve, KINDS[job.kind].row)
+    rows: Iterable[Any] = stream(on_disk(stage), recipe.resolve, KINDS[job.kind].row)
     if row_id is not None:
         rows, n = (row for row in rows if row.id == row_id), 1
     lost: dict[str, str] = {}
-    return [show(renderer, job, row) for row in islice(_kept(rows, lost), n)], lost
+    shown = []
+    for row in islice(_kept(rows, lost), n):
+        judged = judge(row, stage.settings.filters)
+        if judged.row is None:
+            shown.append(replace(show(renderer, job, row), fate=f"left out by filters: {judged.reason}"))
+        else:
+            shown.append(show(renderer, job, judged.row))
+    return shown, lost
 
 
 def _kept(rows: Iterable[Row | Dropped], lost: dict[str, str]) -> Iterator[Row]:

@@ -37,13 +37,6 @@ class Judged(Generic[R]):
     language: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Filtered(Generic[R]):
-    rows: tuple[R, ...]
-    dropped: tuple[tuple[str, str], ...]  # (row id, reason)
-    said: tuple[str, ...]  # what happened, for people
-
-
 def judge(row: R, s: FilterSettings) -> Judged[R]:
     """What becomes of one row."""
     reason = _damage(row, s) or _length(row, s)
@@ -99,19 +92,6 @@ class Filters:
         if self._n_unknown:
             said.append(f"{_rows(self._n_unknown)} in no language that could be told, kept")
         return said
-
-
-def apply(rows: Iterable[R], s: FilterSettings) -> Filtered[R]:
-    """Every row judged; each is in `rows` or in `dropped`."""
-    kept: list[R] = []
-    dropped: list[tuple[str, str]] = []
-    filters = Filters(s)
-    for row, lost in filters(rows):
-        if lost is None:
-            kept.append(row)
-        else:
-            dropped.append((row.id, lost.reason))
-    return Filtered(tuple(kept), tuple(dropped), tuple(filters.notes()))
 
 
 def _damage(row: Row, s: FilterSettings) -> str:

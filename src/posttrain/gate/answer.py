@@ -75,5 +75,6 @@ def write_answers(path: Path, results: Sequence[ItemResult]) -> None:
 
 
 def read_answers(path: Path) -> list[ItemResult]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # not splitlines: answers may hold other line ends
+    rows = [json.loads(line) for line in whole]
     return [ItemResult(**{**row, "outcome": Outcome(row["outcome"])}) for row in rows]

@@ -27,6 +27,12 @@ def group(reward_PG: Tensor) -> Tensor:
     return mean(reward_PG) / (group_std(reward_PG)[:, None] + EPSILON)
 
 
+def _standardised(reward_PG: Tensor) -> Tensor:
+    """(r − mean) / std, sample std; zeros where the group has no spread."""
+    std_P1 = group_std(reward_PG)[:, None]
+    return mean(reward_PG) / torch.where(std_P1 > 0, std_P1, 1.0)
+
+
 def mean(reward_PG: Tensor) -> Tensor:
     """r − mean (Liu et al. 2025, Dr. GRPO)."""
     centred_PG = reward_PG - reward_PG.nanmean(1, keepdim=True)
@@ -67,12 +73,13 @@ def has_spread(reward_PG: Tensor) -> Tensor:
 
 
 def combine(reward_KPG: Tensor, weight_K: Tensor, *, normalise_first: bool) -> Tensor:
-    """(P, G) one reward out of K: their weighted mean, or that of each after (r − mean) / (std + 1e-6) in its group.
+    """(P, G) one reward out of K: their weighted mean, or that of each after (r − mean) / std in its group.
 
-    An answer that lacks one of its K verdicts has none.
+    An answer that lacks one of its K verdicts has none. The std stands alone: where rewards cancel, the trace that an
+    epsilon leaves of the larger one would be all the group differs by, and so be blown up to a whole lesson.
     """
     if normalise_first:
-        reward_KPG = torch.stack([group(reward_PG) for reward_PG in reward_KPG])
+        reward_KPG = torch.stack([_standardised(reward_PG) for reward_PG in reward_KPG])
     return (weight_K[:, None, None] * reward_KPG).sum(0) / weight_K.sum()
 
 

@@ -113,9 +113,10 @@ def combined_rewards(rollouts: Sequence[Rollout], s: GRPOSettings, weights: Mapp
     return combine(reward_KPG, weight_K, normalise_first=True)
 
 
-def learns(rollout: Rollout, s: GRPOSettings) -> bool:
-    """Whether the group has two answers that earned unlike rewards, before any shaping."""
-    return bool(has_spread(_grid([rollout], lambda a: _value(a, s, a.score.total.value)))[0])
+def learns(rollout: Rollout, s: GRPOSettings, weights: Mapping[str, float]) -> bool:
+    """Whether the group has two answers that earned unlike rewards, combined as credit combines them, before any
+    shaping: rewards that cancel when they are summed may not when each is normalised, and the other way round."""
+    return bool(has_spread(combined_rewards([rollout], s, weights))[0])
 
 
 def is_partial(rollout: Rollout, s: GRPOSettings) -> bool:
@@ -125,8 +126,9 @@ def is_partial(rollout: Rollout, s: GRPOSettings) -> bool:
     return failed > s.max_checker_failure_rate * len(rollout.answers)
 
 
-def group_figures(rollouts: Sequence[Rollout], s: GRPOSettings) -> dict[str, Mean]:
-    """Shares are of all groups; `reward_std` is the mean of the groups' own, of those with two verdicts or more."""
+def group_figures(rollouts: Sequence[Rollout], s: GRPOSettings, weights: Mapping[str, float]) -> dict[str, Mean]:
+    """Shares are of all groups; `reward_std` is the mean of the groups' own, of those with two verdicts or more.
+    Spread is of what credit is taken from, the others of the weighted sums."""
     reward_PG = _grid(rollouts, lambda a: _value(a, s, a.score.total.value))
     known_P = n_verdicts(reward_PG) > 0
     low_P = reward_PG.nan_to_num(nan=torch.inf).amin(1)
@@ -134,7 +136,7 @@ def group_figures(rollouts: Sequence[Rollout], s: GRPOSettings) -> dict[str, Mea
     several_P = n_verdicts(reward_PG) > 1
     n = len(rollouts)
     return {
-        "zero_spread_share": Mean(float((~has_spread(reward_PG)).sum()), n),
+        "zero_spread_share": Mean(float((~has_spread(combined_rewards(rollouts, s, weights))).sum()), n),
         "all_right_share": Mean(float((known_P & (low_P >= RIGHT)).sum()), n),
         "all_wrong_share": Mean(float((known_P & (high_P <= WRONG)).sum()), n),
         "reward_std": Mean(float(group_std(reward_PG)[several_P].sum()), int(several_P.sum())),

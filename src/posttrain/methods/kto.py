@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,14 +36,10 @@ from posttrain.methods.prepared import (
 from posttrain.methods.stage import Stage, StageResult
 from posttrain.models.policy import Policy, disable_dropout
 from posttrain.records import Branch, Rated, Tree
-from posttrain.reporting import Reporter
 from posttrain.seeds import derive_seed
 from posttrain.settings import DatasetSettings, KTOSettings
-from posttrain.train.falling import FallingWatch
 from posttrain.train.loop import train
 from posttrain.train.objective import Evaluation, StepBatch
-
-ADVICE = "Raise beta."
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +76,8 @@ class KTOObjective:
     settings: KTOSettings
     weights: tuple[float, float]  # of good and bad answers
     against: Against
-    reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
-    label: str = ""
     headline: str = "reward_accuracy"
     _z0: float = 0.0
-    _watch: FallingWatch = field(default_factory=FallingWatch)
-    _seen: dict[str, Mean] = field(default_factory=dict)
     _first_step: bool = False
 
     @property
@@ -93,7 +85,6 @@ class KTOObjective:
         return len(self.steps)
 
     def batch(self, step: int) -> StepBatch[Item]:
-        self._look_back()
         self._first_step = step == 0
         if self.against.live is not None:
             self.against.live.before(step)
@@ -122,15 +113,12 @@ class KTOObjective:
         )
         with torch.no_grad():
             metrics = {**found.metrics, **rated_figures(policy, reference_R)}
-        for name in ("good_fallen_share", "reward_good", "reward_bad"):
-            self._seen[name] = self._seen.get(name, Mean(0.0, 0.0)) + metrics[name]
         return LossSum(found.total, found.count, metrics)
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation | None:
         if not self.held_out.rated:
             return None
-        self._look_back()
         self._first_step = False
         everything = range(len(self.held_out.rated))
         metrics = self._baseline(self.held_out, everything)
@@ -138,16 +126,14 @@ class KTOObjective:
         for micro in in_blocks([item.tree for item in items], self.settings.micro_batch_tokens):
             for name, mean in self.loss([items[asked.place] for asked in micro]).metrics.items():
                 metrics[name] = metrics[name] + mean if name in metrics else mean
-        self._seen = {}
         values = {f"eval_{name}": mean.value for name, mean in metrics.items()}
         return Evaluation(values, metrics["row_loss"].value, higher_is_better=False)
 
     def state(self) -> dict[str, Any]:
-        self._look_back()
-        return {"watch": self._watch.state()}
+        return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._watch.restore(**state["watch"])
+        assert not state, "KTO keeps no state of its own"
 
     def _items(self, rows: Rows, places: Sequence[int]) -> list[Item]:
         chosen = [rows.rated[i] for i in places]
@@ -174,16 +160,6 @@ class KTOObjective:
             return answers.logp_TB[list(places), 0]
         assert self.against.live is not None
         return self.against.live.ask(trees)[:, 0]
-
-    def _look_back(self) -> None:
-        seen, self._seen = self._seen, {}
-        if not seen:
-            return
-        good, bad = seen["reward_good"], seen["reward_bad"]
-        margin = Mean(good.value - bad.value, 1) if good.count and bad.count else Mean(0.0, 1)
-        said = self._watch.after_step(seen["good_fallen_share"], margin, ADVICE)
-        if said is not None:
-            self.reporter.line(f"{self.label}: warning: {said}")
 
 
 def run(stage: Stage, s: KTOSettings) -> StageResult:
@@ -220,8 +196,6 @@ def kto_objective(
         settings=s,
         weights=weights,
         against=against.after_asking(),
-        reporter=stage.reporter,
-        label=stage.name,
     )
 
 

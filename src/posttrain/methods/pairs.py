@@ -13,7 +13,7 @@ Left out: dropout (ratios would carry its noise), and truncating prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,15 +22,13 @@ from torch import Tensor
 from posttrain.data.order import batches
 from posttrain.losses.pairs import PairLogps, figures, wpo_weight
 from posttrain.losses.preference import WHOLE_BATCH, Term, combined
-from posttrain.losses.terms import LossSum, Mean
+from posttrain.losses.terms import LossSum
 from posttrain.methods.against import Against, Answers, answer_sums, in_blocks, open_reference, refuse_other_answers
 from posttrain.methods.prepared import evaluation_rows, refuse_unending, stage_result, training_rows
 from posttrain.methods.stage import Stage, StageResult
 from posttrain.models.policy import Policy, disable_dropout
-from posttrain.records import Tree
-from posttrain.reporting import Reporter
+from posttrain.records import Signs, Tree
 from posttrain.settings.preference import PreferenceSettings, ReferenceSettings
-from posttrain.train.falling import FallingWatch
 from posttrain.train.loop import micro_batches, train
 from posttrain.train.objective import Evaluation, StepBatch
 
@@ -74,11 +72,7 @@ class PairObjective:
     against: Against | None = None  # None: the loss needs no reference
     answers: Answers | None = None
     held_out_answers: Answers | None = None
-    reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
-    label: str = ""
     headline: str = "reward_accuracy"
-    _watch: FallingWatch = field(default_factory=FallingWatch)
-    _seen: dict[str, Mean] = field(default_factory=dict)  # what the watch is fed: figures of the step under way
     _first_step: bool = False
     _n_batch: int = 0
 
@@ -87,7 +81,6 @@ class PairObjective:
         return len(self.steps)
 
     def batch(self, step: int) -> StepBatch[Item]:
-        self._look_back()
         self._first_step = step == 0
         if self.against is not None and self.against.live is not None:
             self.against.live.before(step)
@@ -95,8 +88,8 @@ class PairObjective:
         self._n_batch = len(items)
         if self.loss_of.whole_batch and len(list(micro_batches(items, self.token_budget))) > 1:
             formed, found = self._formed(items)
-            return StepBatch(formed, count=len(formed), metrics=found.metrics)
-        return StepBatch(items, count=len(items))
+            return StepBatch(formed, count=len(formed), metrics=found.metrics, signs=self._signs())
+        return StepBatch(items, count=len(items), signs=self._signs())
 
     def loss(self, items: Sequence[Item]) -> LossSum:
         policy, weight_P = self._score(items)
@@ -121,13 +114,11 @@ class PairObjective:
         return Evaluation(values, metrics["pair_loss"].value, higher_is_better=False)
 
     def state(self) -> dict[str, Any]:
-        self._look_back()
         moving = self.against.live if self.against is not None else None
         weights = moving.reference.state() if moving is not None and moving.moves is not None else None
-        return {"watch": self._watch.state(), "reference": weights}
+        return {"reference": weights}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._watch.restore(**state["watch"])
         if state["reference"] is not None:
             assert self.against is not None
             assert self.against.live is not None
@@ -176,11 +167,7 @@ class PairObjective:
                 refuse_other_answers(ours, theirs, self.policy, "before the first step the policy and its reference",
                                      OTHER_START)  # fmt: skip
         found = combined(policy, reference, self.loss_of.terms, weight_P)
-        metrics = {**found.metrics, **figures(policy, reference)}
-        for name in ("chosen_fallen_share", "reward_margin"):
-            if name in metrics:
-                self._seen[name] = self._seen.get(name, Mean(0.0, 0.0)) + metrics[name]
-        return replace(found, metrics=metrics)
+        return replace(found, metrics={**found.metrics, **figures(policy, reference)})
 
     @torch.no_grad()
     def _gather(self, items: Sequence[Item]) -> tuple[list[Item], PairLogps, Tensor | None]:
@@ -214,14 +201,9 @@ class PairObjective:
         rows = torch.stack(slopes, dim=1).tolist()
         return [replace(item, slopes=tuple(row), share=share) for item, row in zip(taken, rows, strict=True)], found
 
-    def _look_back(self) -> None:
-        """Feed the watch with the step that has just ended."""
-        seen, self._seen = self._seen, {}
-        if "chosen_fallen_share" not in seen:
-            return
-        said = self._watch.after_step(seen["chosen_fallen_share"], seen["reward_margin"], self.loss_of.advice)
-        if said is not None:
-            self.reporter.line(f"{self.label}: warning: {said}")
+    def _signs(self) -> Signs:
+        """What to change should the chosen answers fall."""
+        return Signs(notes={"chosen_fallen_share": self.loss_of.advice}) if self.against is not None else Signs()
 
 
 def _learned(policy: PairLogps) -> list[Tensor]:
@@ -272,8 +254,6 @@ def pair_objective(
         ),
         loss_of=loss,
         token_budget=s.micro_batch_tokens,
-        reporter=stage.reporter,
-        label=stage.name,
     )
     if isinstance(s, ReferenceSettings):
         against = open_reference(stage, s)

@@ -6,17 +6,14 @@ found is compared with its checksums before it is used; a directory that was dam
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +33,7 @@ from posttrain.methods.screens import screening, screens_of
 from posttrain.methods.stage import Stage, StageResult, refuse_beyond_positions
 from posttrain.recipe import canonical_json
 from posttrain.registry.files import staged, verify, write_directory, writing
+from posttrain.registry.home import note_use, preparing
 from posttrain.reporting import Reporter, duration
 from posttrain.settings import DatasetSettings, RowsSettings, StageSettings
 from posttrain.train.loop import Trained
@@ -93,7 +91,7 @@ class Wanted:
 def training_rows(stage: Stage, s: RowsSettings, kind: str) -> Prepared:
     """The rows to train on: screened, fitted to max_length, accounted for in rows.jsonl."""
     refuse_beyond_positions(stage, s.max_length)
-    found = _rows(stage, s, s.datasets, kind, Bucket.TRAINED, screens_of(stage, s), screening(stage, s), ROWS)
+    found = _rows(stage, s, s.datasets, kind, Bucket.TRAINED, screens_of(stage, s, kind), screening(stage, s), ROWS)
     for line in (
         *found.sources,
         *found.summary.notes,
@@ -177,7 +175,9 @@ def _rows(
     content = tuple(content_hash(dataset, stage.resolve) for dataset in datasets)
     wanted = Wanted(datasets, content, job, deciding)
     folder = stage.prepared / wanted.key(stage.renderer)
-    with _one_at_a_time(folder, stage.reporter, stage.name):
+    waiting = f"{stage.name}: another run prepares the same rows; waiting for it"
+    with preparing(folder, on_wait=lambda: stage.reporter.line(waiting)):
+        note_use(stage.place.directory, folder)
         found = _found(folder, stage.reporter, stage.name) if wanted.is_pinned else None
         if found is None:
             write_directory(folder, lambda aside: _fill(aside, stage, s, wanted, screens, ledger), replace=True)
@@ -294,22 +294,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "absent"
-
-
-@contextmanager
-def _one_at_a_time(folder: Path, reporter: Reporter, name: str) -> Iterator[None]:
-    """Another run that prepares the same rows is waited for. The kernel drops the lock of one that is killed."""
-    path = folder.with_name(f".{folder.name}.lock")
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            reporter.line(f"{name}: another run prepares the same rows; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # two that got past each other here only do the work twice
-        os.close(lock)

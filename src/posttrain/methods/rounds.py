@@ -63,7 +63,7 @@ class Rounds:
         sampled = self._ask(wanted, judges, number, 0, version)
         kept = [r for r in sampled if self._keeps(r)]
         n_times = 1
-        while s.dynamic_sampling and len(kept) < len(wanted) and n_times <= s.max_sampling_rounds:
+        while s.dynamic_sampling and len(kept) < len(wanted) and n_times < s.max_sampling_rounds:
             missing = len(wanted) - len(kept)
             n = min(len(wanted), math.ceil(missing / max(len(kept) / len(sampled), LEAST_YIELD)))
             further = self._further(number, n_times, asked, n)
@@ -76,7 +76,7 @@ class Rounds:
             n_times += 1
         kept = kept[: len(wanted)]
         self._say_unfilled(number, len(kept), len(wanted), len(sampled))
-        metrics = figures(sampled) | group_figures(sampled, s)
+        metrics = figures(sampled) | group_figures(sampled, s, self.rewards.weights)
         metrics |= {
             "reward_seconds": Mean(judges.seconds, 1),
             "dropped_groups": Mean(len(sampled) - len(kept), 1),
@@ -124,7 +124,7 @@ class Rounds:
     def _keeps(self, rollout: Rollout) -> bool:
         if is_partial(rollout, self.settings):
             return False
-        return not self.settings.dynamic_sampling or learns(rollout, self.settings)
+        return not self.settings.dynamic_sampling or learns(rollout, self.settings, self.rewards.weights)
 
     def _first(self, number: int) -> Sequence[int]:
         planned = self.planned[number]

@@ -14,6 +14,7 @@ from posttrain.data.render import Renderer
 from posttrain.errors import ModelError
 from posttrain.models.policy import Policy
 from posttrain.registry.files import write_text_atomic
+from posttrain.registry.home import PREPARED
 from posttrain.reporting import Reporter
 from posttrain.rewards.sandbox.level import Level
 from posttrain.rollout.scorer import Scorer
@@ -42,7 +43,7 @@ class Stage:
     @property
     def prepared(self) -> Path:
         """Where prepared rows are kept: in the home, for every stage and run that asks for the same."""
-        return (self.home or self.place.directory) / "prepared"
+        return (self.home or self.place.directory) / PREPARED
 
 
 @dataclass(frozen=True, slots=True)

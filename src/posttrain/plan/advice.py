@@ -124,7 +124,7 @@ CHOICES: dict[str, Choice] = {
         "as grpo, where many prompts are always or never solved: groups that teach nothing are replaced",
         "data/tasks.jsonl",
         "as grpo, and more prompts than one pass needs",
-        "as grpo, and up to eleven rounds of sampling a step",
+        "as grpo, and up to ten rounds of sampling a step",
         _CHECKED,
     ),
     "dr_grpo": Choice(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from posttrain.recipe.faults import show
-from posttrain.settings.health import ADAPTABLE, CLOCKED, HealthSettings, RuleSettings
+from posttrain.settings.health import ADAPTABLE, CLOCKED, HealthSettings, RuleSettings, WatchSettings
 from posttrain.settings.reward import checkers_of, is_scorer_entry
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ def _nothing_rolls_back(stage: StageView) -> str | None:
 def health_warnings(stage: StageView) -> Iterator[tuple[str, str]]:
     """Key and what is seldom wanted about it."""
     rewards = getattr(stage.settings, "rewards", [])
-    watched = _health(stage).reward_hacking.action != "ignore" and "health" not in stage.broken
-    if not watched or not any(is_scorer_entry(entry) for entry in rewards):
+    health = _health(stage)
+    watched = isinstance(health, HealthSettings) and health.reward_hacking.action != "ignore"
+    if not watched or "health" in stage.broken or not any(is_scorer_entry(entry) for entry in rewards):
         return
     wants = {
         "eval_datasets": not stage.settings.eval_datasets,
@@ -70,9 +71,9 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _health(stage: StageView) -> HealthSettings:
+def _health(stage: StageView) -> WatchSettings:
     found = getattr(stage.settings, "health", None)
-    return found if isinstance(found, HealthSettings) else HealthSettings()
+    return found if isinstance(found, WatchSettings) else WatchSettings()
 
 
 HEALTH_RULES: tuple[tuple[str, tuple[str, ...], Callable[[StageView], str | None]], ...] = (

@@ -46,10 +46,13 @@ class ExplainLine:
 def explain(recipe: Recipe) -> list[ExplainLine]:
     """Every effective value of the recipe, with where it came from."""
     lines = [(key_name(path), value) for path, value in leaves(recipe.as_dict())]
-    papers = dict(_papers(recipe))
-    return [
-        ExplainLine(key, value, _origin(recipe.origins.get(key, "default"), papers.get(key))) for key, value in lines
-    ]
+    papers, chosen = dict(_papers(recipe)), dict(_chosen(recipe))
+    found = []
+    for key, value in lines:
+        origin = recipe.origins.get(key, "default")
+        own = chosen.get(key, origin) if origin == "default" else origin
+        found.append(ExplainLine(key, value, _origin(own, papers.get(key))))
+    return found
 
 
 def _papers(recipe: Recipe) -> Iterator[tuple[str, tuple[Preset, str]]]:
@@ -59,6 +62,14 @@ def _papers(recipe: Recipe) -> Iterator[tuple[str, tuple[Preset, str]]]:
         for key in type(stage.settings).model_fields if preset else ():
             if preset and (value := preset.says(key)) is not None:
                 yield f"{stage.key}.{key}", (preset, value)
+
+
+def _chosen(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Keys that a stage kind sets beside what its paper fixes, and why."""
+    for stage in recipe.stages:
+        preset = PUBLISHED.get(stage.method)
+        for key, (_, why) in preset.chosen.items() if preset else ():
+            yield f"{stage.key}.{key}", f"default of {stage.method}: {why}"
 
 
 def _origin(origin: str, paper: tuple[Preset, str] | None) -> str:
@@ -71,11 +82,23 @@ def _origin(origin: str, paper: tuple[Preset, str] | None) -> str:
 
 
 def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two recipes given by `as_dict`: "2-dpo.beta: 0.1 → 0.2"."""
+    """What changed between two recipes given by `as_dict`: "2-dpo.beta: 0.1 → 0.2". A stage that only one of them has
+    is one line."""
     before = {key_name(path): value for path, value in leaves(old)}
     after = {key_name(path): value for path, value in leaves(new)}
     changed = [key for key in {**before, **after} if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
-    return [f"{key}: {_side(before, key)} → {_side(after, key)}" for key in changed]
+    stages = [_stage_keys(recipe) for recipe in (old, new)]
+    alone = {key: i for i in (0, 1) for key in stages[i] - stages[1 - i]}
+    lines = [f"{key}: only {('before', 'now')[i]}" for key, i in sorted(alone.items())]
+    return lines + [
+        f"{key}: {_side(before, key)} → {_side(after, key)}"
+        for key in changed
+        if not any(key.startswith(f"{stage}.") for stage in alone)
+    ]
+
+
+def _stage_keys(recipe: Mapping[str, Any]) -> set[str]:
+    return {key_name(("stages", i, name)) for i, stage in enumerate(recipe["stages"]) for name in stage}
 
 
 def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

@@ -254,9 +254,9 @@ def _by_cases(
 
 
 def _same_output(found: bytes, expected: str) -> bool:
-    """Line by line; blanks at the ends of lines and empty lines at the end do not count."""
-    lines = [text.rstrip() for text in found.decode("utf-8", errors="replace").rstrip().splitlines()]
-    return lines == [text.rstrip() for text in expected.rstrip().splitlines()]
+    """Line by line, as newlines end them; blanks at the ends of lines and empty lines at the end do not count."""
+    lines = [text.rstrip() for text in found.decode("utf-8", errors="replace").rstrip().split("\n")]
+    return lines == [text.rstrip() for text in expected.rstrip().split("\n")]
 
 
 def _how_it_ended(status: str, code: int, stderr: bytes) -> str:

@@ -106,7 +106,7 @@ def postscript(text: str, postscript_marker: str) -> bool:
 
 
 def number_bullet_lists(text: str, num_bullets: int) -> bool:
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in text.split("\n")]
     return sum((line[:1] == "*" and line[1:2] not in ("", "*")) or line[:1] == "-" for line in lines) == num_bullets
 
 
@@ -138,7 +138,7 @@ def json_format(text: str) -> bool:
 
 def title(text: str) -> bool:
     """<<so>> on one line."""
-    for line in text.splitlines():
+    for line in text.split("\n"):
         start, stop = line.find("<<"), line.rfind(">>")
         if 0 <= start < stop and line[start + 2 : stop].strip("<> \t"):
             return True

@@ -13,7 +13,7 @@ from posttrain.settings.data_stages import RejectSettings
 from posttrain.settings.distill import DistillSettings
 from posttrain.settings.filters import FilterSettings
 from posttrain.settings.gate import GateSettings, Retry, RetryPolicy
-from posttrain.settings.health import HealthSettings, OwnRule, RuleSettings
+from posttrain.settings.health import HealthSettings, OwnRule, PreferenceHealthSettings, RuleSettings
 from posttrain.settings.hygiene import DecontaminateSettings, DedupSettings
 from posttrain.settings.ppo import PUBLISHED_PPO, PPOSettings
 from posttrain.settings.preference import CPOSettings, DPOSettings, KTOSettings, ORPOSettings, SimPOSettings
@@ -74,6 +74,7 @@ __all__ = [
     "OwnRule",
     "PPOSettings",
     "Positive",
+    "PreferenceHealthSettings",
     "ProcessRewardModelSettings",
     "RecipeSettings",
     "RejectSettings",

@@ -1,4 +1,4 @@
-"""Keys of the rules that watch a reinforcement-learning stage and act: the `health:` section."""
+"""Keys of the rules that watch a stage and act: the `health:` section."""
 
 from __future__ import annotations
 
@@ -38,8 +38,31 @@ def _rule(action: Action, limit: float, steps: int, description: str) -> Any:
     return Field(default=RuleSettings(action=action, limit=limit, steps=steps), description=description)
 
 
-class HealthSettings(Section):
-    """What is watched. A rule may be given in part: {kl_drift: {limit: 0.5}} keeps its action and steps."""
+class WatchSettings(Section):
+    """Rules of the recipe's own, and what rules do that roll back. A rule may be given in part:
+    {kl_drift: {limit: 0.5}} keeps its action and steps."""
+
+    own: list[OwnRule] = Field(default=[], description="rules on any figure: {metric, above or below, steps, action}")
+
+    max_rollbacks: int = Field(
+        default=2, ge=0, description="after so many, the stage ends with the last good checkpoint"
+    )
+    rollback_factor: float = Field(
+        default=0.5, gt=0, lt=1, description="learning_rate is multiplied by this at each rollback"
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: Any, info: Any) -> Any:
+        """A rule given in part takes the rest from its default."""
+        default = cls.model_fields[info.field_name].default
+        if isinstance(default, RuleSettings) and isinstance(value, Mapping):
+            return {**default.model_dump(), **value}
+        return value
+
+
+class HealthSettings(WatchSettings):
+    """What is watched in reinforcement learning."""
 
     dead_signal: RuleSettings = _rule("stop", 1.0, 5, "a step's batches in which nothing could be learned from")
     all_right: RuleSettings = _rule("warn", 0.9, 5, "share of groups in which every answer is right")
@@ -60,23 +83,14 @@ class HealthSettings(Section):
     reward_hacking: RuleSettings = _rule(
         "stop", 0.05, 3, "gain of a reward model's score over so many evaluations, while no held-out check gains"
     )
-    own: list[OwnRule] = Field(default=[], description="rules on any figure: {metric, above or below, steps, action}")
 
-    max_rollbacks: int = Field(
-        default=2, ge=0, description="after so many, the stage ends with the last good checkpoint"
-    )
-    rollback_factor: float = Field(
-        default=0.5, gt=0, lt=1, description="learning_rate is multiplied by this at each rollback"
-    )
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _whole(cls, value: Any, info: Any) -> Any:
-        """A rule given in part takes the rest from its default."""
-        default = cls.model_fields[info.field_name].default
-        if isinstance(default, RuleSettings) and isinstance(value, Mapping):
-            return {**default.model_dump(), **value}
-        return value
+class PreferenceHealthSettings(WatchSettings):
+    """What is watched while preferences are learned against a reference."""
+
+    chosen_falling: RuleSettings = _rule(
+        "warn", 0.8, 20, "share of the better answers that are less likely than under the reference"
+    )
 
 
 # Their figures are wall-clock times, which no two runs share: what they do must not change the weights.

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from posttrain.settings.base import Positive, Share
+from posttrain.settings.health import PreferenceHealthSettings
 from posttrain.settings.stage import StageSettings, full_or_adapter
 
 DPOLoss = Literal[
@@ -53,6 +54,7 @@ class ReferenceSettings(PreferenceSettings):
         default=True, description="ask the reference once and keep its answers on disk; false: ask it at every step"
     )
     allow_without_sft: bool = Field(default=False, description="run on a model that never had SFT")
+    health: PreferenceHealthSettings = PreferenceHealthSettings()
 
 
 class DPOSettings(ReferenceSettings):

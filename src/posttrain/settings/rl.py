@@ -44,7 +44,9 @@ class GRPOSettings(StageSettings):
     dynamic_sampling: bool = Field(
         default=False, description="replace groups whose answers all earn the same until the batch is full (DAPO)"
     )
-    max_sampling_rounds: Positive = Field(default=10, description="how often dynamic_sampling may ask for more groups")
+    max_sampling_rounds: Positive = Field(
+        default=10, description="with dynamic_sampling: rounds of sampling for one batch, the first included"
+    )
 
     advantage: AdvantageName = Field(
         default="group",
@@ -149,12 +151,14 @@ def idle(s: GRPOSettings) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published method: its keys' values. `derived` are set from other keys, by the function and in the words."""
+    """A published method: its keys' values. `derived` are set from other keys, by the function and in the words;
+    `chosen` are values that the paper does not fix, with what `explain` says of them."""
 
     title: str
     paper: str
     constants: Mapping[str, Any]
     derived: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    chosen: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
     def says(self, key: str) -> str | None:
         """The preset's value of a key in words, or None where the paper leaves it open."""
@@ -174,8 +178,7 @@ PRESETS: dict[str, Preset] = {
         "DAPO",
         "Yu et al. 2025",
         {"advantage": "group", "policy_loss": "clip", "epsilon": 0.2, "epsilon_high": 0.28,
-         "aggregation": "token_mean", "beta": 0.0, "dynamic_sampling": True, "max_sampling_rounds": 10,
-         "overlong_penalty": 1.0},
+         "aggregation": "token_mean", "beta": 0.0, "dynamic_sampling": True, "overlong_penalty": 1.0},
         {"overlong_buffer": (lambda known: max(1, known.get("max_completion_length", 256) // 5),
                              "a fifth of max_completion_length (4,096 of 20,480)")},
     ),
@@ -187,27 +190,31 @@ PRESETS: dict[str, Preset] = {
     "gspo": Preset(
         "GSPO",
         "Zheng et al. 2025",
-        # A band this narrow has no room for what sampler and trainer round differently: both sides are the trainer's.
         {"advantage": "group", "policy_loss": "gspo", "epsilon": 3e-4, "epsilon_high": 4e-4,
-         "aggregation": "sequence_mean", "old_log_probs": "trainer"},
+         "aggregation": "sequence_mean"},
+        # Both sides of the ratio are the trainer's: what sampler and trainer round differently has no room in it.
+        chosen={"old_log_probs": ("trainer", "the band is narrower than rounding in bfloat16")},
     ),
     "cispo": Preset(
         "CISPO",
         "MiniMax 2025, M1",
-        # The paper bounds the ratio above only and does not print the bound; 1 + 4 is what others use.
-        {"advantage": "group", "policy_loss": "cispo", "epsilon_high": 4.0, "aggregation": "token_mean", "beta": 0.0},
+        {"advantage": "group", "policy_loss": "cispo", "aggregation": "token_mean", "beta": 0.0},
+        # The paper bounds the ratio above only; 1 + 4 is what others use.
+        chosen={"epsilon_high": (4.0, "its paper does not print the bound")},
     ),
     "rloo": Preset(
         "RLOO",
         "Ahmadian et al. 2024",
         {"advantage": "leave_one_out", "policy_loss": "reinforce", "aggregation": "sequence_sum",
-         "kl_estimator": "k1", "kl_in": "reward", "beta": 0.05},
+         "kl_estimator": "k1", "kl_in": "reward"},
+        chosen={"beta": (0.05, "chosen here, it is not the paper's")},
     ),
     "reinforce++": Preset(
         "REINFORCE++",
         "Hu 2025",
         {"advantage": "reinforce++", "gamma": 1.0, "policy_loss": "clip", "epsilon": 0.2,
-         "aggregation": "token_mean", "kl_estimator": "k1", "kl_in": "reward", "beta": 0.01},
+         "aggregation": "token_mean", "kl_estimator": "k1", "kl_in": "reward"},
+        chosen={"beta": (0.01, "chosen here, it is not the paper's")},
     ),
 }  # fmt: skip
 
@@ -215,12 +222,13 @@ PRESETS: dict[str, Preset] = {
 def _settings_of(preset: Preset) -> type[GRPOSettings]:
     """The same keys with the preset's defaults, so that the schema an editor reads shows them too."""
     fields: dict[str, Any] = {}
-    for key in (*preset.constants, *preset.derived):
+    values = {**preset.constants, **{key: value for key, (value, _) in preset.chosen.items()}}
+    for key in (*values, *preset.derived):
         known = GRPOSettings.model_fields[key]
         if key in preset.derived:
             info = Field(default_factory=preset.derived[key][0], description=known.description)
         else:
-            info = Field(default=preset.constants[key], description=known.description)
+            info = Field(default=values[key], description=known.description)
         kind: Any = known.annotation
         for bound in known.metadata:
             kind = Annotated[kind, bound]

@@ -18,7 +18,7 @@ from posttrain.records import Signs
 from posttrain.registry.files import write_text_atomic
 from posttrain.reporting import Reporter
 from posttrain.settings import StageSettings
-from posttrain.settings.health import ADAPTABLE, HealthSettings
+from posttrain.settings.health import ADAPTABLE, WatchSettings
 from posttrain.train.health import Finding, blind, findings, in_doubt, may_roll_back
 from posttrain.train.history import History
 from posttrain.train.objective import Adaptable, Objective
@@ -73,7 +73,7 @@ class Guard:
         self._history = History(length=max([*looked_back, *own, 1]))
 
     @property
-    def rules(self) -> HealthSettings | None:
+    def rules(self) -> WatchSettings | None:
         """None: nothing watches stages of this kind."""
         return getattr(self.settings, "health", None)
 

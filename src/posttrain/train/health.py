@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from posttrain.losses.terms import Mean
-from posttrain.settings.health import HealthSettings, OwnRule, RuleSettings
+from posttrain.settings.health import OwnRule, RuleSettings, WatchSettings
 from posttrain.train.history import Checkup, History
 
 MIN_FAILURES = 3  # failed answers in the window before a failing or hanging reward is named
 MIN_GROUPS = 8  # groups that show a correlation
 GROWN = 1.05  # answers must be longer than at first by this before a reward is said to pay length
 SPREADING = 0.1  # a beginning must be used by this share of the answers more than at first
-CONVERGED = 0.9  # a policy that earns this much has little left to explore
+CONVERGED = 0.9  # a policy that earns this much has little left to explore, or to gain
 NO_GAIN = 0.02  # a reward that gained no more than this is flat
+MIN_ANSWERS = 64  # preferred answers in the window before they are said to fall
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +42,31 @@ Find = Callable[[RuleSettings, History], Finding | None]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`metrics`: any one of them must be measured. `ease`: the limit times this is where doubt begins, in which a
-    checkpoint is no longer taken to be good."""
+    """`name`: its key. `metrics`: any one of them must be measured. `ease`: the limit times this is where doubt begins,
+    in which a checkpoint is no longer taken to be good; `pooled`: that is seen over all its steps, not in the last."""
 
     name: str
-    of: Callable[[HealthSettings], RuleSettings]
     metrics: tuple[str, ...]
     find: Find
     ease: float = 1.0
+    pooled: bool = False
 
     def doubts(self, r: RuleSettings, history: History) -> bool:
-        return self.find(r.model_copy(update={"limit": r.limit * self.ease, "steps": 1}), history) is not None
+        doubtful = r.model_copy(update={"limit": r.limit * self.ease, "steps": r.steps if self.pooled else 1})
+        return self.find(doubtful, history) is not None
 
 
-def findings(settings: HealthSettings, history: History) -> Iterator[tuple[Finding, str]]:
-    """Every rule that holds after the last step, in the order of `RULES`, with the action the recipe wants."""
+def asked(settings: WatchSettings) -> Iterator[tuple[Rule, RuleSettings]]:
+    """The rules that watch stages of this kind."""
     for rule in RULES:
-        r = rule.of(settings)
+        r = getattr(settings, rule.name, None)
+        if isinstance(r, RuleSettings):
+            yield rule, r
+
+
+def findings(settings: WatchSettings, history: History) -> Iterator[tuple[Finding, str]]:
+    """Every rule that holds after the last step, in the order of `RULES`, with the action the recipe wants."""
+    for rule, r in asked(settings):
         if r.action != "ignore" and (found := rule.find(r, history)) is not None:
             yield replace(found, rule=rule.name), r.action
     for own in settings.own:
@@ -65,28 +74,27 @@ def findings(settings: HealthSettings, history: History) -> Iterator[tuple[Findi
             yield found, own.action
 
 
-def in_doubt(settings: HealthSettings, history: History) -> bool:
+def in_doubt(settings: WatchSettings, history: History) -> bool:
     """Whether a rule that may roll back holds at the last step, or is near to it."""
-    rules = ((rule, rule.of(settings)) for rule in RULES)
-    return any(r.action == "rollback" and rule.doubts(r, history) for rule, r in rules) or any(
+    return any(r.action == "rollback" and rule.doubts(r, history) for rule, r in asked(settings)) or any(
         own.action == "rollback" and _own(own.model_copy(update={"steps": 1}), history) is not None
         for own in settings.own
     )
 
 
-def may_roll_back(settings: HealthSettings) -> bool:
-    actions = [*(rule.of(settings).action for rule in RULES), *(own.action for own in settings.own)]
+def may_roll_back(settings: WatchSettings) -> bool:
+    actions = [*(r.action for _, r in asked(settings)), *(own.action for own in settings.own)]
     return "rollback" in actions
 
 
-def blind(settings: HealthSettings, history: History) -> list[str]:
+def blind(settings: WatchSettings, history: History) -> list[str]:
     """Rules that the recipe names and whose figures this stage has not measured so far: they can never speak."""
-    named = [rule for rule in RULES if rule.name in settings.model_fields_set and rule.of(settings).action != "ignore"]
-    asked = [(f"health.{rule.name}", rule.metrics) for rule in named]
-    asked += [(f"health.own[{i}]", (own.metric,)) for i, own in enumerate(settings.own)]
+    rules = [rule for rule, r in asked(settings) if rule.name in settings.model_fields_set and r.action != "ignore"]
+    named = [(f"health.{rule.name}", rule.metrics) for rule in rules]
+    named += [(f"health.own[{i}]", (own.metric,)) for i, own in enumerate(settings.own)]
     return [
         f"{key} watches {' or '.join(metrics)}, which this stage does not measure: it never speaks"
-        for key, metrics in asked
+        for key, metrics in named
         if not any(history.measured(metric) for metric in metrics)
     ]
 
@@ -280,7 +288,8 @@ def _reward_hacking(r: RuleSettings, history: History) -> Finding | None:
         return None
     rise = points[-1].opinion - points[0].opinion
     gain = points[-1].checked - points[0].checked
-    if not rise >= r.limit or gain > 0:
+    settled = min(points[0].checked, points[-1].checked) >= CONVERGED  # checks that can hardly rise
+    if not rise >= r.limit or gain > 0 or settled:
         return None
     cause = "the policy is learning the reward model's mistakes: its score rises, held-out checks do not"
     opinions, checks = [(p.step, p.opinion) for p in points], [(p.step, p.checked) for p in points]
@@ -288,13 +297,37 @@ def _reward_hacking(r: RuleSettings, history: History) -> Finding | None:
     return Finding("", cause, evidence, "Raise beta, or give checkers more weight among rewards.", points[0].step)
 
 
+# -- preferred answers
+
+
+def _chosen_falling(r: RuleSettings, history: History) -> Finding | None:
+    """The better answers become less likely than under the reference. The step says what to change in its notes."""
+    pairs = history.measured("chosen_fallen_share")
+    metric = "chosen_fallen_share" if pairs else "good_fallen_share"
+    window = history.measuring(metric)[-r.steps :]
+    fallen = sum((at.figures[metric] for at in window), Mean(0.0, 0.0))
+    if fallen.count < MIN_ANSWERS or fallen.value < r.limit:
+        return None
+    margin = history.pooled("reward_margin", r.steps)
+    if not pairs:
+        margin = history.pooled("reward_good", r.steps) - history.pooled("reward_bad", r.steps)
+    cause = f"{fallen.value:.0%} of the better answers are less likely than under the reference, "
+    remedy = window[-1].notes.get(metric, "Raise beta.")
+    if margin > 0:
+        cause += "while the margin grows: the others are pushed down, and what takes their place is neither"
+    else:
+        cause += "and the others are not worse off: both are lost"
+        remedy = "Lower learning_rate."
+    evidence = f"{fallen.total:.0f} of {fallen.count:.0f} answers at steps {window[0].step} to {window[-1].step}"
+    return Finding("", cause, f"{evidence}; margin {margin:.3g}", remedy, window[0].step)
+
+
 RULES: tuple[Rule, ...] = (
-    Rule("dead_signal", lambda h: h.dead_signal, ("dead_batches",), _dead_signal),
-    Rule("reward_hacking", lambda h: h.reward_hacking, ("reward_reward_model",), _reward_hacking),
-    Rule("entropy_collapse", lambda h: h.entropy_collapse, ("sampled_entropy",), _entropy_collapse, ease=2.0),
+    Rule("dead_signal", ("dead_batches",), _dead_signal),
+    Rule("reward_hacking", ("reward_reward_model",), _reward_hacking),
+    Rule("entropy_collapse", ("sampled_entropy",), _entropy_collapse, ease=2.0),
     Rule(
         "kl_drift",
-        lambda h: h.kl_drift,
         ("kl_k3_to_reference", "kl_k1_to_reference"),
         _at_least(
             ("kl_k3_to_reference", "kl_k1_to_reference"),
@@ -305,7 +338,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "sampler_mismatch",
-        lambda h: h.sampler_mismatch,
         ("mismatch_k3",),
         _at_least(
             "mismatch_k3",
@@ -316,7 +348,6 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "clipping",
-        lambda h: h.clipping,
         ("clipped_low_share", "clipped_high_share"),
         _at_least(
             ("clipped_low_share", "clipped_high_share"),
@@ -325,10 +356,9 @@ RULES: tuple[Rule, ...] = (
         ),
         ease=0.5,
     ),
-    Rule("few_effective", lambda h: h.few_effective, ("ess_share",), _few_effective, ease=1.5),
+    Rule("few_effective", ("ess_share",), _few_effective, ease=1.5),
     Rule(
         "checker_failures",
-        lambda h: h.checker_failures,
         ("checker_failed_share",),
         _failing(
             "checker_failed_share",
@@ -339,31 +369,28 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "hanging_checker",
-        lambda h: h.hanging_checker,
         ("timed_out_share",),
         _failing("timed_out_share", "a reward hangs on some answers", "Mend the reward, or give it more time."),
     ),
-    Rule("slow_rewards", lambda h: h.slow_rewards, ("reward_seconds",), _slow_rewards),
-    Rule("length_pays", lambda h: h.length_pays, ("length_pays",), _length_pays),
-    Rule("preamble_pays", lambda h: h.preamble_pays, ("reward",), _preamble_pays),
-    Rule("length_growth", lambda h: h.length_growth, ("completion_tokens",), _length_growth),
+    Rule("slow_rewards", ("reward_seconds",), _slow_rewards),
+    Rule("length_pays", ("length_pays",), _length_pays),
+    Rule("preamble_pays", ("reward",), _preamble_pays),
+    Rule("length_growth", ("completion_tokens",), _length_growth),
     Rule(
         "cut_answers",
-        lambda h: h.cut_answers,
         ("cut_share",),
         _at_least("cut_share", "{:.0%} of the answers are cut before they end", "Raise max_completion_length."),
     ),
     Rule(
         "all_right",
-        lambda h: h.all_right,
         ("all_right_share",),
         _at_least("all_right_share", "in {:.0%} of the groups every answer is right", "Give harder prompts."),
     ),
     Rule(
         "all_wrong",
-        lambda h: h.all_wrong,
         ("all_wrong_share",),
         _at_least("all_wrong_share", "in {:.0%} of the groups every answer is wrong", "Give easier prompts."),
     ),
-    Rule("silent_reward", lambda h: h.silent_reward, ("reward",), _silent_reward),
+    Rule("silent_reward", ("reward",), _silent_reward),
+    Rule("chosen_falling", ("chosen_fallen_share", "good_fallen_share"), _chosen_falling, ease=0.9, pooled=True),
 )

@@ -80,7 +80,7 @@ def _copies(a: Audit) -> Iterator[Finding]:
 
 def _conflicts(a: Audit) -> Iterator[Finding]:
     if a.conflicts:
-        said = f"{_rows(len(a.conflicts))} that another row contradicts: what is chosen here is rejected there."
+        said = f"{_rows(len(a.conflicts))} that another row contradicts: what is better here is worse there."
         advice = "The labels are noise, or the columns were swapped midway: look, and keep one of each."
         yield Finding("conflicts", "fix", said, advice, a.conflicts)
 

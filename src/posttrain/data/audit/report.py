@@ -25,10 +25,10 @@ from posttrain.data.audit.manner import (
 )
 from posttrain.data.audit.preference import LengthBias, length_bias
 from posttrain.data.audit.shares import share
-from posttrain.data.hygiene import audit_pairs
+from posttrain.data.hygiene.labels import conflicts
 from posttrain.data.language import UNKNOWN, guess
 from posttrain.data.pii import kinds
-from posttrain.records import Interval, Measured, Pair, Row, Task
+from posttrain.records import Interval, Measured, Pair, Rated, Row, Task
 
 LANGUAGE_CONFIDENCE = 0.8
 DIGITS = 4  # of shares and means in JSON
@@ -71,7 +71,7 @@ class Audit:
     with_answer: Measured | None  # prompts that have a gold answer
     copies: Copies
     near_copies: tuple[str, ...] | None  # ids of rows that nearly repeat an earlier one; None: nobody looked
-    conflicts: tuple[str, ...]  # ids of pairs whose opposite is also there
+    conflicts: tuple[str, ...]  # ids of pairs and rated answers that another row contradicts
     garbage: Mapping[str, tuple[str, ...]]
     personal: Personal
     languages: Languages
@@ -94,13 +94,13 @@ def audit(
     """Every statistic of at least one row. `dropped` are (row id, reason); `tokens` counts the tokens of a text;
     `near_copies` comes from whoever searched for near-duplicates."""
     looks = [look(row) for row in rows]
-    pairs = [row for row in rows if isinstance(row, Pair)]
+    judged = [row for row in rows if isinstance(row, Pair | Rated)]
     reasons: dict[str, list[str]] = {}
     for row_id, reason in dropped:
         reasons.setdefault(reason, []).append(row_id)
     return Audit(
         title=title,
-        kind=kind_of(rows[0]),
+        kind=" and ".join(dict.fromkeys(map(kind_of, rows))),
         n_rows=len(rows) + len(dropped),
         dropped={reason: tuple(ids) for reason, ids in reasons.items()},
         sources=tuple(sources),
@@ -115,7 +115,7 @@ def audit(
         with_answer=_with_answer(rows),
         copies=copies(looks),
         near_copies=None if near_copies is None else tuple(near_copies),
-        conflicts=audit_pairs(pairs).contradicting if pairs else (),
+        conflicts=tuple(conflict.id for conflict in conflicts(judged)),
         garbage=garbage_rows(looks, tokens),
         personal=personal(rows),
         languages=languages(looks),

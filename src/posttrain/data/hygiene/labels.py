@@ -1,4 +1,4 @@
-"""Labels that contradict each other, and what a preference set would teach besides preference."""
+"""Labels that contradict each other."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from hashlib import blake2b
 
 from posttrain.data.hygiene.passages import said
 from posttrain.data.hygiene.text import plain
-from posttrain.errors import DataError
 from posttrain.records import Message, Pair, Rated, Row, Stepwise, Task
+
+GOOD, BAD = b"good", b"bad"
+RATED = "the same answer, rated good and bad"
+ACROSS = "the same answer, preferred in a pair and rated the other way"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +28,21 @@ class Conflict:
 
 
 class Judgements:
-    """What every row judges and how, gathered row by row. Memory: some 300 bytes a row that judges anything."""
+    """What every row judges and how, gathered row by row. Memory: some 400 bytes a row that judges anything.
+
+    Among rated answers a pair counts as a good and a bad one, as it does for kto: it contradicts the rows that rate
+    either of them the other way. Pairs alone do not contradict each other so; two rows may agree on neither answer.
+    """
 
     def __init__(self) -> None:
         self._first: dict[bytes, dict[bytes, str]] = {}  # what is judged: judgement: the first row that says so
         self._made: list[tuple[str, bytes, bytes, str]] = []
+        self._sides: list[tuple[str, bytes, bytes]] = []  # of pairs: id, chosen and rejected as rated answers
 
     def add(self, row: Row) -> None:
+        if isinstance(row, Pair):
+            prompt = _key(row.prompt)
+            self._sides.append((row.id, prompt + _key(row.chosen), prompt + _key(row.rejected)))
         if (judgement := _judgement(row)) is not None:
             what, subject, verdict = judgement
             self._first.setdefault(subject, {}).setdefault(verdict, row.id)
@@ -39,17 +50,35 @@ class Judgements:
 
     def conflicts(self) -> list[Conflict]:
         """Every row whose judgement another row contradicts, in order."""
-        found = []
+        found, across = [], self._across()
         for row_id, subject, verdict, what in self._made:
             other = next((first for another, first in self._first[subject].items() if another != verdict), None)
             if other is not None:
                 found.append(Conflict(row_id, other, what))
+            elif row_id in across:
+                found.append(Conflict(row_id, across[row_id], ACROSS))
+        return found
+
+    def _across(self) -> dict[str, str]:
+        """Pairs and the rated answers that contradict them, by id in both directions."""
+        sides: dict[bytes, dict[bytes, str]] = {}  # as in `_first`, of what pairs say
+        found: dict[str, str] = {}
+        for pair_id, chosen, rejected in self._sides:
+            for subject, verdict, opposite in ((chosen, GOOD, BAD), (rejected, BAD, GOOD)):
+                rated = self._first.get(subject, {})
+                if opposite in rated:
+                    found.setdefault(pair_id, rated[opposite])
+                    sides.setdefault(subject, {}).setdefault(verdict, pair_id)
+        for row_id, subject, verdict, what in self._made:
+            if what == RATED and (other := sides.get(subject, {}).get(BAD if verdict == GOOD else GOOD)):
+                found[row_id] = other
         return found
 
 
 def conflicts(rows: Iterable[Row]) -> list[Conflict]:
-    """Every row whose label another row contradicts, in order: the same pair both ways, an answer rated good and bad,
-    steps labelled right and wrong, a task with two gold answers. White space does not count."""
+    """Every row whose label another row contradicts, in order: the same pair both ways, an answer rated good and bad
+    (also one that a pair prefers, or the other way round), steps labelled right and wrong, a task with two gold
+    answers. White space does not count."""
     judged = Judgements()
     for row in rows:
         judged.add(row)
@@ -64,8 +93,7 @@ def _judgement(row: Row) -> tuple[str, bytes, bytes] | None:
             what = "the same two answers, preferred the other way round"
             return what, _key(row.prompt) + min(chosen, rejected) + max(chosen, rejected), chosen
         case Rated():
-            what = "the same answer, rated good and bad"
-            return what, _key(row.prompt) + _key(row.completion), b"good" if row.good else b"bad"
+            return RATED, _key(row.prompt) + _key(row.completion), GOOD if row.good else BAD
         case Stepwise():
             steps = _hash("\x1f".join(map(plain, row.steps)))
             return "the same steps, labelled differently", _key(row.prompt) + steps, bytes(row.labels)
@@ -80,36 +108,3 @@ def _key(messages: Sequence[Message]) -> bytes:
 
 def _hash(text: str) -> bytes:
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()
-
-
-@dataclass(frozen=True, slots=True)
-class PairAudit:
-    """Length bias of a preference set. Shares are of `n` pairs."""
-
-    n: int
-    n_chosen_longer: int
-    n_rejected_longer: int
-    contradicting: tuple[str, ...]  # ids of pairs whose opposite is also there: label noise, or columns swapped midway
-
-    def __str__(self) -> str:
-        noise = f"; {len(self.contradicting):,} contradict another pair" if self.contradicting else ""
-        return (
-            f"{self.n:,} pairs: chosen is longer in {self.n_chosen_longer / self.n:.0%}, "
-            f"shorter in {self.n_rejected_longer / self.n:.0%}{noise}"
-        )
-
-
-def audit_pairs(pairs: Sequence[Pair]) -> PairAudit:
-    """Length bias and contradictions of a preference set."""
-    if not pairs:
-        raise DataError("there are no pairs to audit.")
-    return PairAudit(
-        n=len(pairs),
-        n_chosen_longer=sum(_characters(pair.chosen) > _characters(pair.rejected) for pair in pairs),
-        n_rejected_longer=sum(_characters(pair.chosen) < _characters(pair.rejected) for pair in pairs),
-        contradicting=tuple(conflict.id for conflict in conflicts(pairs)),
-    )
-
-
-def _characters(messages: tuple[Message, ...]) -> int:
-    return sum(len(message.content) for message in messages)

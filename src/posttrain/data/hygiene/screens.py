@@ -156,20 +156,6 @@ class Repetition:
         )
 
 
-def screened(rows: Iterable[T], screens: Sequence[Screen]) -> Iterator[tuple[T, Verdict | None]]:
-    """Rows through several screens in turn; the first verdict stands, and later screens do not see that row."""
-    stream: Iterator[Any] = ((row, None) for row in rows)
-    for screen in screens:
-        stream = _next(stream, screen)
-    return stream
-
-
-def _next(stream: Iterator[Any], screen: Screen) -> Iterator[Any]:
-    # What has its verdict goes through the screen as a pair, which is no row, and comes out as it went in.
-    for item, verdict in screen(row if given is None else (row, given) for row, given in stream):
-        yield item if isinstance(item, tuple) else (item, verdict)
-
-
 def _spool(rows: Iterable[Any], file: IO[bytes]) -> int:
     n = 0
     for row in rows:

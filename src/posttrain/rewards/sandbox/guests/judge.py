@@ -221,7 +221,7 @@ def _line(error: BaseException, sources: list[str]) -> str:
     while step is not None:
         name = step.tb_frame.f_code.co_filename
         if name.startswith("test ") and step.tb_lineno:
-            lines = sources[int(name[5:])].splitlines()
+            lines = sources[int(name[5:])].split("\n")
             found = lines[step.tb_lineno - 1].strip() if step.tb_lineno <= len(lines) else found
         step = step.tb_next
     return found[:200]
