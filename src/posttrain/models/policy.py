@@ -51,7 +51,8 @@ class Policy:
 
     @property
     def head(self) -> Head:
-        return head_of(self.model, self.autocast)
+        # A CPU rounds the sums of 16-bit products to 16 bits, log-probabilities with them.
+        return head_of(self.model, self.autocast if self.device.type == "cuda" else None)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every weight that trains, by name; a companion's begin with the companion's name."""
