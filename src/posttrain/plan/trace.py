@@ -148,6 +148,19 @@ def trace_scoring(shape: Shape, setup: Setup, trees: Sequence[Tree]) -> Traced:
     return _trace(shape, plain, trees, run, accumulating=False, what="scoring")
 
 
+def sampler_copies(shape: Shape, setup: Setup, n_positions: int) -> int:
+    """Bytes of what the sampler makes of the weights before it draws: joined ones, and the turns of all positions."""
+    if setup.adapter != "none" or setup.autocast or setup.layout != "forest" or setup.compute != torch.float32:
+        return 0  # as `Policy.straight` decides; the model below is in float32
+    policy = Policy(shape.whole.eval(), None)
+    use_forest(policy.model)
+    with Ledger([*policy.model.parameters(), *policy.model.buffers()]) as ledger:
+        way = policy.for_sampling(n_positions)
+    made = ledger.live
+    del way
+    return made
+
+
 def _result(policy: Policy, trees: Sequence[Tree]) -> Tensor:
     """What the loss is computed from."""
     if hasattr(policy.model, "score"):
