@@ -152,17 +152,18 @@ def main() -> None:
     base = load_policy(str(ASSETS / "tiny-base"))
     renderer = Renderer(base.tokenizer)
     data = {name: split(given.data / file, renderer, given.limit) for name, file in SOURCES.items()}
+    told = sizes(data)
     with tempfile.TemporaryDirectory() as folder:
         study = Study(data, base, renderer, Path(folder))
         if given.tune:
-            write(given.out / "preference_rates.json", {**sizes(data), "rates": tune(study, given.losses)})
+            write(given.out / "preference_rates.json", {**told, "rates": tune(study, given.losses)})
             return
         judged, drifted = [], []
         for seed in given.seeds:
             start = after_sft(study, seed)
             judged += [learn(loss, seed, start, study) for loss in given.losses]
             drifted += [drift(loss, seed, start, study, given.prompts) for loss in DRIFT]
-            write(given.out / "preference_study.json", {**sizes(data), **pooled(judged, drifted)})
+            write(given.out / "preference_study.json", {**told, **pooled(judged, drifted)})
 
 
 def pooled(judged: Sequence[Judged], drifted: Sequence[Drifted]) -> dict[str, Any]:
@@ -386,8 +387,7 @@ def lengths(policy: Policy, renderer: Renderer, prompts: Sequence[tuple[int, ...
 
 def sizes(data: Mapping[str, Split]) -> dict[str, Any]:
     said = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    parts = ("train", "development", "held_out")
-    pairs = {name: {part: len(getattr(found, part)) for part in parts} for name, found in data.items()}
+    pairs = {name: {part: len(getattr(found, part)) for part in vars(found)} for name, found in data.items()}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"commit": said.stdout.strip(), **versions, "threads": torch.get_num_threads(), "pairs": pairs}
 
