@@ -24,6 +24,7 @@ from posttrain.settings import METHODS as SETTINGS
 from posttrain.train.loop import Place, train
 
 PACE = Pace()
+N_ROWS = 512  # as many as all steps need: the reference is asked about every row before the first
 COMMON = dict(learning_rate=1e-5, weight_decay=0.0, save_steps=100_000, logging_steps=10_000, max_drop_rate=1.0)
 
 
@@ -53,7 +54,7 @@ def main(number: int, model_folder: str, data: str) -> None:
     _in_order(case)
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "data.jsonl"
-        found = rows_of(case, Path(data), policy.tokenizer)[:2048]
+        found = rows_of(case, Path(data), policy.tokenizer)[:N_ROWS]
         if case.method == "grpo":
             found = [row | {"answer": "0"} for row in found]
         rows.write_text("".join(json.dumps(row) + "\n" for row in found))

@@ -217,9 +217,8 @@ class GRPOObjective:
             return None
         return lambda trees: self._token_logps(lambda some: reference.logps(some, temperature=temperature)[0], trees)
 
-    @torch.no_grad()
     def _logps_now(self, trees: Sequence[Tree]) -> Tensor:
-        return self.stage.policy.score(trees, temperature=self.settings.temperature)[0].logp_N
+        return self.stage.policy.logps(trees, temperature=self.settings.temperature)[0]
 
     def _token_logps(self, score: Callable[[Sequence[Tree]], Tensor], trees: Sequence[Tree]) -> list[tuple[float, ...]]:
         """Of each tree, the log-probs of its scored tokens; asked in micro-batches."""

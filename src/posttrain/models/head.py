@@ -2,9 +2,9 @@
 
 Axes: N scored positions, D width, V vocabulary, R rows of a tile.
 
-Per position: logit_V = f(W h + b) / temperature with f the model's own soft cap, lse = logsumexp(logit_V),
-logp = logit[target] − lse and entropy = lse − Σ p·logit. The slope d logp / d raw_V = f′ (onehot − p) / temperature
-does not depend on what comes after, so it is formed in the forward pass, in the very memory of the logits:
+Per position: logit_V = f(W h + b) / temperature with f the model's own soft cap, logp_V = log softmax(logit_V) and
+entropy = −Σ p·logp. The slope d logp[target] / d raw_V = f′ (onehot − p) / temperature does not depend on what comes
+after, so it is formed in the forward pass, and never read there again:
 
     frozen head                 its product with W is kept, (N, D): two vocabulary products in all
     head that trains, N·V small the slope itself is kept, (N, V): three, and no second pass over it
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from posttrain.models.products import product
 
 TILE = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits of a tile: on a CPU it should stay in its cache
 LEAST_ROWS = 64  # of a tile, or its matrix products become slow
@@ -34,7 +36,7 @@ class Head:
 
     def logits(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
         """(N, V) in float32 or wider. For the sampler and the tiles below; never call it on a whole training batch."""
-        logit_NV = (hidden_ND @ self.weight_VD.to(hidden_ND.dtype).T).to(_wide(hidden_ND))
+        logit_NV = product(hidden_ND, self.weight_VD.to(hidden_ND.dtype)).to(_wide(hidden_ND))
         if self.bias_V is not None:
             logit_NV += self.bias_V
         if self.softcap is not None:
@@ -85,6 +87,16 @@ def score(
 
 
 @torch.no_grad()
+def log_probs(hidden_ND: Tensor, target_N: Tensor, head: Head, temperature: float = 1.0) -> Tensor:
+    """(N,) `score`'s log-probabilities and nothing else."""
+    logp_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=_wide(hidden_ND))
+    for tile in _tiles(hidden_ND.shape[0], head.weight_VD.shape[0], hidden_ND.device):
+        logp_RV = head.logits(hidden_ND[tile], temperature).log_softmax(-1)
+        logp_N[tile] = logp_RV.gather(1, target_N[tile, None]).squeeze(1)
+    return logp_N
+
+
+@torch.no_grad()
 def log_collision(hidden_ND: Tensor, head: Head, temperature: float = 1.0) -> Tensor:
     """(N,) log Σ_v p_v²: how likely two draws agree. One more vocabulary product, so only where it is asked for."""
     found_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=_wide(hidden_ND))
@@ -104,26 +116,24 @@ def _tiles(n: int, vocabulary: int, device: torch.device) -> list[slice]:
 
 
 def _score_tile(
-    head: Head, hidden_RD: Tensor, target_R: Tensor, temperature: float, *, slope: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logp_R, entropy_R, slope_RV): one tile, worked in place."""
-    shifted_RV = head.logits(hidden_RD, temperature)
-    factor_RV = _squash(shifted_RV, head, temperature) if slope else None
-    shifted_RV -= shifted_RV.amax(-1, keepdim=True)
+    head: Head, hidden_RD: Tensor, target_R: Tensor, temperature: float, slope_RV: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(logp_R, entropy_R): one tile. Writes −d logp / d raw, less the factor scale / temperature, into `slope_RV`."""
+    logit_RV = head.logits(hidden_RD, temperature)
+    factor_RV = _squash(logit_RV, head, temperature) if slope_RV is not None else None
+    logp_RV = logit_RV.log_softmax(-1)
+    exact = slope_RV is not None and slope_RV.dtype == logp_RV.dtype
+    p_RV = torch.exp(logp_RV, out=slope_RV if exact else logit_RV)
+    entropy_R = -torch.linalg.vecdot(p_RV, logp_RV)
     at_target_R1 = target_R[:, None]
-    target_logit_R = shifted_RV.gather(1, at_target_R1).squeeze(1)
-    p_RV = shifted_RV.exp()
-    sum_R = p_RV.sum(-1)
-    log_sum_R = sum_R.log()
-    entropy_R = log_sum_R - torch.einsum("rv,rv->r", p_RV, shifted_RV) / sum_R
-    if not slope:
-        return target_logit_R - log_sum_R, entropy_R, None
-    p_RV.mul_((-head.scale / temperature / sum_R)[:, None])
-    ones_R1 = torch.full_like(at_target_R1, head.scale / temperature, dtype=p_RV.dtype)
-    p_RV.scatter_add_(1, at_target_R1, ones_R1)
-    if factor_RV is not None:
-        p_RV *= factor_RV
-    return target_logit_R - log_sum_R, entropy_R, p_RV
+    logp_R1 = logp_RV.gather(1, at_target_R1)
+    if slope_RV is not None:
+        p_RV.scatter_(1, at_target_R1, torch.expm1(logp_R1))
+        if factor_RV is not None:
+            p_RV *= factor_RV
+        if not exact:
+            slope_RV.copy_(p_RV)
+    return logp_R1.squeeze(1), entropy_R
 
 
 def _squash(logit_RV: Tensor, head: Head, temperature: float) -> Tensor | None:
@@ -146,14 +156,13 @@ class _Score(torch.autograd.Function):
         slope_ND = torch.empty_like(hidden_ND) if needs_hidden and not keeps else None
         compute = weight_VD.to(hidden_ND.dtype)
         for tile in _tiles(n, vocabulary, hidden_ND.device):
-            logp_N[tile], entropy_N[tile], slope = _score_tile(
-                head, hidden_ND[tile], target_N[tile], temperature, slope=slope_ND is not None or keeps
-            )
-            if slope_NV is not None:
-                slope_NV[tile] = slope
-            elif slope_ND is not None:
-                assert slope is not None
-                slope_ND[tile] = slope.to(hidden_ND.dtype) @ compute
+            slope_RV = slope_NV[tile] if slope_NV is not None else None
+            if slope_ND is not None:
+                slope_RV = hidden_ND.new_empty(slope_ND[tile].shape[0], vocabulary)
+            logp_N[tile], entropy_N[tile] = _score_tile(head, hidden_ND[tile], target_N[tile], temperature, slope_RV)
+            if slope_ND is not None:
+                assert slope_RV is not None
+                slope_ND[tile] = product(slope_RV, compute.t())
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, slope_ND, slope_NV)
         ctx.constants = softcap, scale, temperature
         ctx.mark_non_differentiable(entropy_N)
@@ -162,27 +171,29 @@ class _Score(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_N, _entropy):  # type: ignore[no-untyped-def]
         hidden_ND, weight_VD, bias_V, target_N, slope_ND, slope_NV = ctx.saved_tensors
+        softcap, scale, temperature = ctx.constants
+        grad_N = grad_N * (-scale / temperature)  # what the slopes were left without
         grad_N1 = grad_N[:, None].to(hidden_ND.dtype)
         if slope_NV is not None:
             # The factor of each row is taken out of the products: no pass over (N, V).
-            grad_hidden = (slope_NV @ weight_VD.to(hidden_ND.dtype)).mul_(grad_N1) if ctx.needs_input_grad[0] else None
+            compute = weight_VD.to(hidden_ND.dtype)
+            grad_hidden = product(slope_NV, compute.t()).mul_(grad_N1) if ctx.needs_input_grad[0] else None
             grad_weight = (slope_NV.T @ (grad_N1 * hidden_ND)).to(weight_VD.dtype)
             grad_bias = (slope_NV.T @ grad_N1).squeeze(1).to(bias_V.dtype) if bias_V is not None else None
             return grad_hidden, grad_weight, grad_bias, None, None, None, None
         grad_hidden = slope_ND * grad_N1 if slope_ND is not None else None
         if not any(ctx.needs_input_grad[1:3]):
             return grad_hidden, None, None, None, None, None, None
-        softcap, scale, temperature = ctx.constants
         head = Head(weight_VD, bias_V, softcap, scale)
         wide = _wide(hidden_ND)
         grad_weight = torch.zeros_like(weight_VD, dtype=wide)
         grad_bias = torch.zeros_like(bias_V, dtype=wide) if bias_V is not None else None
         for tile in _tiles(hidden_ND.shape[0], weight_VD.shape[0], hidden_ND.device):
-            _, _, slope = _score_tile(head, hidden_ND[tile], target_N[tile], temperature, slope=True)
-            assert slope is not None
-            grad_weight.addmm_(slope.T.to(hidden_ND.dtype).to(wide), (grad_N1[tile] * hidden_ND[tile]).to(wide))
+            slope_RV = hidden_ND.new_empty(hidden_ND[tile].shape[0], weight_VD.shape[0], dtype=wide)
+            _score_tile(head, hidden_ND[tile], target_N[tile], temperature, slope_RV)
+            grad_weight.addmm_(slope_RV.T.to(hidden_ND.dtype).to(wide), (grad_N1[tile] * hidden_ND[tile]).to(wide))
             if grad_bias is not None:
-                grad_bias += grad_N[tile] @ slope
+                grad_bias += grad_N[tile].to(wide) @ slope_RV
         return (
             grad_hidden,
             grad_weight.to(weight_VD.dtype),

@@ -13,7 +13,7 @@ import torch
 from posttrain.errors import DoesNotFit, ModelError
 from posttrain.models import hub
 from posttrain.models.attention import IMPLEMENTATION, ForestUnsupported
-from posttrain.models.memory import is_out_of_memory, must_fit
+from posttrain.models.memory import hold_freed_memory, is_out_of_memory, must_fit
 from posttrain.models.merge import MERGE_BOUND, merged_state, save_adapter
 from posttrain.models.padded import build_padded
 from posttrain.models.policy import Policy, stock_attention
@@ -62,6 +62,8 @@ def read_model(source: str, options: LoadOptions, loader: Any) -> Policy:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute = _compute_type(options.dtype, device)
     kept = compute if options.frozen_base else torch.float32
+    if device.type == "cpu":
+        hold_freed_memory()
     _refuse_missing(source)
     quantised = {"quantization_config": quantisation(compute)} if options.quantised else {}
     hub.reach(source)

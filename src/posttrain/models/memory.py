@@ -1,10 +1,13 @@
-"""Out of memory is a fault of size, not of the program: said with the first setting to change, exit code 5."""
+"""Memory of the process: how freed blocks are kept, and what is said where there is not enough of it (exit code 5)."""
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -13,7 +16,24 @@ from posttrain.errors import DoesNotFit
 # What torch's CPU allocator says in a plain RuntimeError.
 CPU_SAYS = ("can't allocate memory", "not enough memory")
 
+# glibc's mallopt: from which size a block is a mapping of its own, and how much free memory its heap may hold.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MAPPED_FROM = 64 << 20
+HELD = 1 << 30
+
 ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
+
+
+@cache
+def hold_freed_memory() -> None:
+    """Every step on a CPU asks for the same blocks of some MiB as the step before. glibc maps such blocks anew each
+    time, and the kernel fills every page of them with zeros first: as long as the arithmetic takes, for a small model.
+    Other C libraries are left as they are."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    glibc = ctypes.CDLL(None)
+    glibc.mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)
+    glibc.mallopt(M_TRIM_THRESHOLD, HELD)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from posttrain.models.attention import IMPLEMENTATION, Attends, ForestAttention
 from posttrain.models.forest import ForestBatch, LossTable, Places, build_forest
-from posttrain.models.head import Head, Scored, head_of, score
+from posttrain.models.head import Head, Scored, head_of, log_probs, score
 from posttrain.models.padded import PaddedBatch, build_padded
 from posttrain.models.straight import Straight, straight_of
 from posttrain.records import Tree
@@ -128,6 +128,12 @@ class Policy:
             entropy_grad=entropy_grad,
         )
         return found, table
+
+    @torch.no_grad()
+    def logps(self, trees: Sequence[Tree], *, temperature: float = 1.0) -> tuple[Tensor, LossTable]:
+        """(N,) `score`'s log-probabilities, without gradients and without what else it finds."""
+        hidden_ND, table = self.states(trees)
+        return log_probs(hidden_ND, table.target_N, self.head, temperature), table
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:

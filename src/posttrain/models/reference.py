@@ -46,8 +46,7 @@ class Reference:
         """Log-probabilities of the scored tokens, (N,), without gradients."""
         asked_of = self._policy.adapter_off() if self._shared else nullcontext()
         with must_fit("asking the reference", "Lower micro_batch_tokens."), asked_of:
-            scored, table = self._policy.score(trees, temperature=temperature)
-        return scored.logp_N, table
+            return self._policy.logps(trees, temperature=temperature)
 
     @torch.no_grad()
     def move(self, policy: Policy, alpha: float) -> None:

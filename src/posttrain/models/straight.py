@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from posttrain.models.attention import IMPLEMENTATION, Attends, AttentionCall
+from posttrain.models.products import product, product_onto
 
 DECODERS = frozenset({"LlamaModel", "Qwen2Model", "Qwen3Model"})
 NORMS = frozenset({"LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
@@ -98,7 +99,8 @@ class Straight:
         seen_TD = attends.attend(call, *heads).reshape(x_TD.shape[0], -1)
         if keep_K is not None:
             x_TD, seen_TD = x_TD.index_select(0, keep_K), seen_TD.index_select(0, keep_K)
-        return _mlp(layer, torch.addmm(x_TD, seen_TD, layer.o.weight.t()))
+        found: Tensor = _Out.apply(x_TD, seen_TD, layer.o.weight)
+        return _mlp(layer, found)
 
     def _heads(self, layer: Layer, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (T, H, E), k and v (T, h, E)."""
@@ -113,7 +115,7 @@ class Straight:
     def _joined_heads(self, layer: Layer, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         assert layer.qkv is not None
         n_turned = self.n_heads + self.n_kv
-        joined = F.linear(_normed(x_TD, layer.before)[0], layer.qkv, layer.qkv_bias).unflatten(
+        joined = product(_normed(x_TD, layer.before)[0], layer.qkv, layer.qkv_bias).unflatten(
             1, (n_turned + self.n_kv, -1)
         )
         qk = joined[:, :n_turned]
@@ -216,8 +218,8 @@ def _joined(layer: Layer, n_heads: int, n_kv: int) -> Layer:
 
 def _mlp(layer: Layer, x_TD: Tensor) -> Tensor:
     if layer.gate_up is not None:
-        gate, up = F.linear(_normed(x_TD, layer.after)[0], layer.gate_up).chunk(2, dim=1)
-        return torch.addmm(x_TD, F.silu(gate).mul_(up), layer.down.weight.t())
+        gate, up = product(_normed(x_TD, layer.after)[0], layer.gate_up).chunk(2, dim=1)
+        return product_onto(x_TD, F.silu(gate).mul_(up), layer.down.weight)
     found: Tensor = _Mlp.apply(
         x_TD, layer.after.weight_D, layer.after.eps, layer.gate.weight, layer.up.weight, layer.down.weight
     )
@@ -282,7 +284,7 @@ class _Project(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         n, r = _normed(x, Norm(weight_D, eps))
         ctx.save_for_backward(x, r, weight_D, q, k, v)
-        return tuple(F.linear(n, w, b) for w, b in zip((q, k, v), biases, strict=True))
+        return tuple(product(n, w, b) for w, b in zip((q, k, v), biases, strict=True))
 
     @staticmethod
     @once_differentiable
@@ -298,9 +300,9 @@ class _Project(torch.autograd.Function):
 
 def _into(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """Σ g W, in one place."""
-    total = gradients[0] @ weights[0]
+    total = product(gradients[0], weights[0].t())
     for g, weight in zip(gradients[1:], weights[1:], strict=True):
-        total.addmm_(g, weight)
+        total = product_onto(total, g, weight.t())
     return total
 
 
@@ -337,22 +339,38 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     return out
 
 
+class _Out(torch.autograd.Function):
+    """x + Wo a: what was seen comes back to the stream."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seen: Tensor, out: Tensor) -> Tensor:
+        ctx.save_for_backward(seen, out)
+        return product_onto(x, seen, out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        seen, out = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return g, product(g, out.t()) if needs[1] else None, g.t() @ seen if needs[2] else None
+
+
 class _Mlp(torch.autograd.Function):
     """x + Wd (silu(Wg n) ⊙ Wu n), n = norm(x)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         n, r = _normed(x, Norm(weight_D, eps))
-        g_TF, u_TF = n @ gate.t(), n @ up.t()
+        g_TF, u_TF = product(n, gate), product(n, up)
         ctx.save_for_backward(x, r, weight_D, g_TF, u_TF, gate, up, down)
-        return torch.addmm(x, F.silu(g_TF).mul_(u_TF), down.t())
+        return product_onto(x, F.silu(g_TF).mul_(u_TF), down)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, r, weight_D, g_TF, u_TF, gate, up, down = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        dh_TF = dy @ down
+        dh_TF = product(dy, down.t())
         s_TF = F.silu(g_TF)
         du_TF = dh_TF * s_TF
         d_down = dy.t() @ s_TF.mul_(u_TF) if needs[5] else None

@@ -1,0 +1,71 @@
+"""oneDNN's products against torch's own, and the conditions under which torch's own are taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from posttrain.models import products
+
+SHAPES = [(1, 8, 5), (64, 192, 512), (257, 48, 96), (1000, 512, 33)]
+
+
+def tensors(t: int, d: int, f: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    draw = torch.Generator().manual_seed(t)
+    return tuple(torch.randn(shape, generator=draw, dtype=dtype) for shape in ((t, d), (f, d), (f,), (t, f)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_those_of_double_precision(shape: tuple[int, int, int]) -> None:
+    x, weight, bias, base = tensors(*shape)
+    exact = x.double() @ weight.double().t()
+    for found, wanted in (
+        (products.product(x, weight), exact),
+        (products.product(x, weight, bias), exact + bias.double()),
+        (products.product_onto(base, x, weight), base.double() + exact),
+    ):
+        torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=1e-5)
+
+
+def test_turned_weights_and_sliced_rows_are_read_as_they_lie() -> None:
+    x, weight, _, _ = tensors(64, 192, 192)
+    back = torch.randn(64, 192)
+    torch.testing.assert_close(products.product(back, weight.t()), back @ weight, atol=1e-4, rtol=1e-5)
+    rows = torch.cat([x, back], dim=1)[:, 100:292]
+    torch.testing.assert_close(products.product(rows, weight), rows @ weight.t(), atol=1e-4, rtol=1e-5)
+
+
+def test_where_a_gradient_is_recorded_torch_takes_over() -> None:
+    x, weight, bias, base = tensors(16, 8, 5)
+    weight.requires_grad_()
+    products.product_onto(base, x, weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(5, 8))
+    with torch.no_grad():
+        assert not products.product(x, weight, bias).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_are_torchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_onednn", None)
+    x, weight, bias, _ = tensors(16, 8, 5, dtype)
+    assert torch.equal(products.product(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    assert products.product(x[:0], weight).shape == (0, 5)
+
+
+@pytest.mark.parametrize("fault", [AttributeError("no such operator"), None])
+def test_kernels_that_are_missing_or_wrong_are_not_used(
+    fault: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if fault is not None:
+            raise fault
+        return x @ weight.t() + (1 if bias is None else bias)
+
+    monkeypatch.setattr(products, "_onednn", broken)
+    products.has_onednn.cache_clear()
+    try:
+        assert not products.has_onednn()
+        x, weight, _, base = tensors(16, 8, 5)
+        torch.testing.assert_close(products.product_onto(base, x, weight), base + x @ weight.t())
+    finally:
+        products.has_onednn.cache_clear()
