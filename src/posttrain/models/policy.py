@@ -5,7 +5,7 @@ Axes: T tokens, D width, N scored positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.models.attention import IMPLEMENTATION, Attends, ForestAttention
+from posttrain.models.decode import Logits, decoder_of
 from posttrain.models.forest import ForestBatch, LossTable, Places, build_forest
 from posttrain.models.head import Head, Scored, head_of, log_probs, score
 from posttrain.models.padded import PaddedBatch, build_padded
@@ -89,10 +90,20 @@ class Policy:
         """The short way through the decoder, where there is one for this model as it stands."""
         return None if self.autocast or self.layout != "forest" or not self.short else straight_of(self.decoder)
 
-    def for_sampling(self, n_positions: int) -> Callable[[Tensor, Tensor, Attends], Tensor]:
-        """`hidden_forest` for many short steps at positions below `n_positions`, while the weights do not change."""
-        straight = self.straight()
-        return self.hidden_forest if straight is None else straight.for_sampling(n_positions).hidden
+    def for_sampling(self, n_positions: int) -> Logits:
+        """Tokens to logits in many short steps at positions below `n_positions`, while the weights do not change."""
+        straight, head = self.straight(), self.head
+        if straight is not None and (decoder := decoder_of(straight, head, n_positions)) is not None:
+            return decoder.logits
+        hidden = self.hidden_forest if straight is None else straight.for_sampling(n_positions).hidden
+
+        def logits(
+            token_ids_T: Tensor, position_ids_T: Tensor, attends: Attends, keep_K: Tensor | None = None
+        ) -> Tensor:
+            found_TD = hidden(token_ids_T, position_ids_T, attends)
+            return head.logits(found_TD if keep_K is None else found_TD[keep_K])
+
+        return logits
 
     def hidden_forest(self, token_ids_T: Tensor, position_ids_T: Tensor, forest: Attends) -> Tensor:
         if (straight := self.straight()) is not None:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.models.attention import Attends, ForestAttention
+from posttrain.models.attention import ForestAttention
+from posttrain.models.decode import Logits
 from posttrain.models.forest import build_forest
 from posttrain.models.memory import must_fit
 from posttrain.models.policy import Policy
@@ -33,7 +34,7 @@ ADMIT_BELOW = 0.5  # waiting prompts join when so few of the slots they were adm
 MAX_SLOTS = 1024
 # Decode steps of fewer multiplications run on one CPU thread: two would spend the time waiting for each other, and
 # many times it where other programs want the second core.
-ONE_THREAD_BELOW = 1 << 27
+ONE_THREAD_BELOW = 1 << 24
 
 
 @dataclass
@@ -73,16 +74,8 @@ class Running:
 
     @property
     def groups(self) -> list[Group]:
-        counts = self.cache.group_S.bincount(minlength=len(self.cache.prompt_length_P))
+        counts = np.bincount(self.cache.group_S, minlength=len(self.cache.prompt_length_P))
         return [Group(n, count) for n, count in zip(self.cache.prompt_length_P.tolist(), counts.tolist(), strict=True)]
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """Hidden states of new tokens, for as long as the weights stay; `n_positions` are asked of it at most."""
-
-    hidden: Callable[[Tensor, Tensor, Attends], Tensor]
-    n_positions: int
 
 
 class LocalEngine:
@@ -133,7 +126,7 @@ class LocalEngine:
         compute = policy.autocast or policy.model.dtype
         room = room_on(policy.device, policy.model.config, compute, self._max_slots, sampling.max_new_tokens)
         n_positions = max((len(g[0].prompt_ids) for g in waiting), default=0) + sampling.max_new_tokens
-        forward = Forward(policy.for_sampling(n_positions), n_positions)
+        logits = policy.for_sampling(n_positions)
         n_threads, n_weights = torch.get_num_threads(), sum(p.numel() for p in policy.model.parameters())
         running: Running | None = None
         full = 0  # slots alive when the last prompts joined
@@ -144,7 +137,7 @@ class LocalEngine:
                 running = _compact(running)
                 asking = [Group(len(g[0].prompt_ids), len(g)) for g in waiting]
                 if ready := room.admit(running.groups if running else [], asking):
-                    running = _join(running, self._admit(forward, [waiting.popleft() for _ in range(ready)], sampling))
+                    running = _join(running, self._admit(logits, [waiting.popleft() for _ in range(ready)], sampling))
                 full = int(running.alive.sum()) if running else 0
             elif running and n_alive < COMPACT_BELOW * len(running.answers):
                 running = _compact(running)
@@ -152,34 +145,31 @@ class LocalEngine:
                 continue
             small = policy.device.type == "cpu" and len(running.answers) * n_weights < ONE_THREAD_BELOW
             torch.set_num_threads(1 if small else n_threads)
-            self._step(forward, running, sampling)
+            self._step(logits, running, sampling)
             if not running.alive.any():
                 running = None
             report()
 
-    def _admit(self, forward: Forward, admitted: Sequence[list[Answer]], sampling: Sampling) -> Running:
+    def _admit(self, logits: Logits, admitted: Sequence[list[Answer]], sampling: Sampling) -> Running:
         """Prefill these groups and draw every answer's first token."""
         trees = [Tree(str(g[0].request), g[0].prompt_ids, ()) for g in admitted]
         batch = build_forest(trees, self._policy.device)
         attention = ForestAttention(batch, keep_keys=True)
-        hidden_TD = forward.hidden(batch.token_ids_T, batch.position_ids_T, attention)
         lengths = [len(t.trunk_ids) for t in trees]
-        last_P = torch.tensor(lengths, device=hidden_TD.device).cumsum(0) - 1
+        last_P = torch.tensor(lengths, device=batch.token_ids_T.device).cumsum(0) - 1
+        logits_PV = logits(batch.token_ids_T, batch.position_ids_T, attention, last_P)
         n_slots = [len(g) for g in admitted]
         answers = [a for g in admitted for a in g]
-        logits_PV = self._policy.head.logits(hidden_TD[last_P])
         logits_SV = logits_PV.repeat_interleave(torch.tensor(n_slots, device=logits_PV.device), dim=0)
         token_S = self._draw_and_record(answers, logits_SV, sampling)
-        return Running(prefill_cache(attention.kept, lengths, n_slots), answers, token_S)
+        return Running(prefill_cache(attention.kept, lengths, n_slots, sampling.max_new_tokens), answers, token_S)
 
-    def _step(self, forward: Forward, running: Running, sampling: Sampling) -> None:
+    def _step(self, logits: Logits, running: Running, sampling: Sampling) -> None:
         if not running.alive.any():
             return
-        # A group that is done steps on until it is compacted away; its position must stay one the model knows.
-        depth_S = running.cache.depth_S.clamp(max=forward.n_positions - 1)
-        hidden_SD = forward.hidden(running.last_token_S, depth_S, running.cache)
+        depth_S = torch.from_numpy(running.cache.depth_S).to(running.last_token_S.device)
+        logits_SV = logits(running.last_token_S, depth_S, running.cache, None)
         running.cache.advance()
-        logits_SV = self._policy.head.logits(hidden_SD)
         running.last_token_S = self._draw_and_record(running.answers, logits_SV, sampling)
 
     def _run_recomputing(self, waiting: deque[list[Answer]], sampling: Sampling, report: Callable[[], None]) -> None:
@@ -262,9 +252,9 @@ def _compact(running: Running | None) -> Running | None:
     """Without the answers that have ended, and without groups that have no other."""
     if running is None or not running.alive.any():
         return None
-    slots = np.flatnonzero(running.alive)
-    slot_K = torch.from_numpy(slots).to(running.last_token_S.device)
-    return Running(running.cache.keep(slot_K), [running.answers[s] for s in slots], running.last_token_S[slot_K])
+    order_K = running.cache.keep(np.flatnonzero(running.alive))
+    token_K = running.last_token_S[torch.from_numpy(order_K).to(running.last_token_S.device)]
+    return Running(running.cache, [running.answers[s] for s in order_K], token_K)
 
 
 def _join(running: Running | None, admitted: Running) -> Running:

@@ -16,6 +16,7 @@ from torch import Tensor
 from posttrain.records import Sampling
 
 BLOCK = 64  # of the vocabulary, when a token is searched
+LAST = 1.0 - 2.0**-52  # the largest number whose product with any sum stays below that sum
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -49,36 +50,35 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: np.ndarray) -> Drawn:
         return Drawn(token_B, logp_B)
     if sampling.temperature != 1.0:
         logits_BV = logits_BV / sampling.temperature
-    shifted_BV = truncate(logits_BV, sampling)
-    shifted_BV = shifted_BV - shifted_BV.amax(-1, keepdim=True)
-    weight_BV = shifted_BV.exp()
-    token_B, total_B = _invert(weight_BV, torch.from_numpy(uniform_B).to(logits_BV.device))
-    logp_B = shifted_BV.gather(1, token_B[:, None]).squeeze(1) - total_B.log().to(shifted_BV.dtype)
+    p_BV = truncate(logits_BV, sampling).softmax(-1)
+    token_B, total_B = _invert(p_BV, torch.from_numpy(np.minimum(uniform_B, LAST)).to(logits_BV.device))
+    logp_B = p_BV.gather(1, token_B[:, None]).squeeze(1).log() - total_B.log().to(p_BV.dtype)
     return Drawn(token_B, logp_B)
 
 
-def _invert(weight_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+def _invert(p_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     """(token_B, total_B): the first token at which the running sum passes uniform · total, and the total, in float64.
 
-    The sum of blocks is searched first, then the block: no running sum over the whole vocabulary is written.
+    The sum of blocks is searched first, then the block: no running sum over the whole vocabulary is written. A row
+    that is not a number gives any token.
     """
-    n_tokens = weight_BV.shape[1]
+    n_rows, n_tokens = p_BV.shape
     n_blocks = -(-n_tokens // BLOCK)
     if n_blocks * BLOCK != n_tokens:
-        weight_BV = F.pad(weight_BV, (0, n_blocks * BLOCK - n_tokens))
-    weight_BKX = weight_BV.unflatten(1, (n_blocks, BLOCK))
-    until_BK = weight_BKX.sum(-1, dtype=torch.float64).cumsum(-1)
-    total_B1 = until_BK[:, -1:]
-    below_total_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # uniform · total may round up to total
-    threshold_B1 = torch.minimum(uniform_B[:, None] * total_B1, below_total_B1)
-    block_B1 = (until_BK <= threshold_B1).sum(-1, keepdim=True).clamp_(max=n_blocks - 1)
-    before_B1 = F.pad(until_BK, (1, 0)).gather(1, block_B1)
-    within_BX = weight_BKX.gather(1, block_B1[:, :, None].expand(-1, 1, BLOCK)).squeeze(1).double()
-    rank_B = (before_B1 + within_BX.cumsum(-1) <= threshold_B1).sum(-1)
-    # A block's sum, taken in another order, may be a little more: the token found must be one that can be drawn.
-    place_X = torch.arange(BLOCK, device=within_BX.device)
-    last_B = torch.where(within_BX > 0, place_X, 0).amax(-1)
-    return block_B1.squeeze(1) * BLOCK + torch.minimum(rank_B, last_B), total_B1.squeeze(1)
+        p_BV = F.pad(p_BV, (0, n_blocks * BLOCK - n_tokens))
+    p_BKX = p_BV.view(n_rows, n_blocks, BLOCK)
+    sums = p_BV.new_zeros((n_rows, 1 + n_blocks))
+    torch.sum(p_BKX, -1, out=sums[:, 1:])
+    until = sums.cumsum(-1, dtype=torch.float64)
+    total_B1 = until[:, -1:]
+    threshold_B1 = uniform_B[:, None] * total_B1
+    block_B1 = torch.searchsorted(until, threshold_B1, right=True).sub_(1).clamp_(max=n_blocks - 1)
+    start_B = torch.arange(0, n_rows * n_blocks, n_blocks, device=p_BV.device)
+    within_BX = p_BKX.flatten(0, 1).index_select(0, start_B + block_B1.squeeze(1)).cumsum(-1, dtype=torch.float64)
+    # A block's sum, taken in another order, may be a little less: the token found must be one that can be drawn.
+    rest_B1 = torch.minimum(threshold_B1 - until.gather(1, block_B1), within_BX[:, -1:] * LAST)
+    rank_B1 = torch.searchsorted(within_BX, rest_B1, right=True)
+    return (block_B1 * BLOCK + rank_B1).squeeze(1).clamp_(max=n_tokens - 1), total_B1.squeeze(1)
 
 
 def truncate(logits_BV: Tensor, sampling: Sampling) -> Tensor:

@@ -1,0 +1,194 @@
+"""The decoder as the sampler runs it: many short steps, nothing kept for a backward pass, weights made ready once.
+
+`straight` says which decoders have a short way, and what it computes. Here, for float32 and float64:
+
+    norms       their weights are multiplied into the product that follows, Wq, Wk, Wv and Wg, Wu joined
+    rotation    pairs (i, i + E/2) stand side by side, in keys as in queries, so that turning is one complex product
+    products    on a CPU, large weights are laid out once as its kernels read them (oneDNN)
+
+All of that is made from the weights of the moment, for one call of the sampler, and forgotten after it.
+
+Axes: T tokens, K tokens whose logits are asked for, D width, F width of the MLP, H query heads, h key/value heads,
+E head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from posttrain.models.attention import Attends, AttentionCall
+from posttrain.models.head import Head
+from posttrain.models.straight import Layer, Norm, Straight
+
+READY_BYTES = 1 << 28  # what the sampler's own copy of the weights may take
+# Weights with fewer entries are multiplied as they are: what oneDNN adds to each call is more than what it saves.
+PACKED_FROM = 1 << 17
+
+Logits = Callable[[Tensor, Tensor, Attends, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """x ↦ W x + b."""
+
+    weight: Tensor  # (outputs, inputs); as oneDNN lays it out where `packed`
+    bias: Tensor | None
+    packed: bool
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None = None) -> Product:
+        packed = weight.numel() >= PACKED_FROM and weight.dtype == torch.float32 and weight.is_cpu and _packs()
+        return cls(_pack(weight) if packed else weight, bias, packed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+    def onto(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + W y, in x's place. Has no bias."""
+        return x.add_(self(y)) if self.packed else x.addmm_(y, self.weight.t())
+
+
+def _pack(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return packed
+
+
+@lru_cache(1)
+def _packs() -> bool:
+    """Whether this torch has oneDNN's products, and they are right."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x, weight = torch.linspace(-1, 1, 3 * 40).view(3, 40).cos(), torch.linspace(-9, 9, 50 * 40).view(50, 40).sin()
+    try:
+        found = Product(_pack(weight), None, True)(x)
+    except (RuntimeError, AttributeError, TypeError):
+        return False
+    return torch.allclose(found, x @ weight.t(), atol=1e-4, rtol=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """One layer, ready to be run."""
+
+    call: AttentionCall
+    before: Tensor  # eps of the norm
+    qkv: Product
+    qk_eps: Tensor | None
+    qk_weight: Tensor | None  # (H + h, E), with the scale of the scores in the queries' rows
+    o: Product
+    after: Tensor
+    gate_up: Product
+    down: Product
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    straight: Straight
+    layers: tuple[Ready, ...]
+    turn: Tensor  # e^{iθ} of every position and pair, (positions, 1, E / 2)
+    last: Tensor  # eps of the last norm
+    head: Product
+
+    def logits(
+        self, token_ids_T: Tensor, position_ids_T: Tensor, attends: Attends, keep_K: Tensor | None = None
+    ) -> Tensor:
+        """(T, V) logits of the token after each, or (K, V) after the tokens `keep_K`."""
+        x_TD = self.straight.decoder.embed_tokens(token_ids_T)
+        turn_T1E = self.turn.index_select(0, position_ids_T)
+        for layer in self.layers:
+            x_TD = self._step(layer, x_TD, turn_T1E, attends, keep_K if layer is self.layers[-1] else None)
+        return self.head(x_TD * _rate(x_TD, self.last))
+
+    def _step(
+        self, layer: Ready, x_TD: Tensor, turn_T1E: Tensor, attends: Attends, keep_K: Tensor | None
+    ) -> Tensor:
+        n_turned = self.straight.n_heads + self.straight.n_kv
+        heads = layer.qkv(x_TD * _rate(x_TD, layer.before)).view(len(x_TD), n_turned + self.straight.n_kv, -1)
+        if layer.qk_weight is not None and layer.qk_eps is not None:
+            qk = heads[:, :n_turned]
+            qk.mul_(_rate(qk, layer.qk_eps)).mul_(layer.qk_weight)
+        pairs = torch.view_as_complex(heads.unflatten(2, (-1, 2)))
+        q = torch.view_as_real(pairs[:, : self.straight.n_heads] * turn_T1E).flatten(2)
+        k = torch.view_as_real(pairs[:, self.straight.n_heads : n_turned] * turn_T1E).flatten(2)
+        seen_TD = attends.attend(layer.call, q, k, heads[:, n_turned:]).reshape(len(x_TD), -1)
+        if keep_K is not None:
+            x_TD, seen_TD = x_TD.index_select(0, keep_K), seen_TD.index_select(0, keep_K)
+        x_TD = layer.o.onto(x_TD, seen_TD)
+        gate, up = layer.gate_up(x_TD * _rate(x_TD, layer.after)).chunk(2, dim=1)
+        return layer.down.onto(x_TD, F.silu(gate).mul_(up))
+
+
+def _rate(x: Tensor, eps: Tensor) -> Tensor:
+    """(mean x² + eps)^−½ over the last axis."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(eps, length, length, value=1.0 / x.shape[-1]).rsqrt_()
+
+
+def decoder_of(straight: Straight, head: Head, n_positions: int) -> Decoder | None:
+    """For positions below `n_positions`, with the weights of this moment; None where they are too large to be copied
+    or in too few bits to be multiplied in another order."""
+    layers, weight = straight.layers, head.weight_VD
+    if weight.dtype not in (torch.float32, torch.float64) or layers[0].o.weight.dtype != weight.dtype:
+        return None
+    if head.softcap is not None or head.scale != 1.0:
+        return None
+    size = weight.nbytes + sum(w.weight.nbytes for a in layers for w in (a.q, a.k, a.v, a.o, a.gate, a.up, a.down))
+    if size > READY_BYTES:
+        return None
+    final = straight.decoder.norm
+    return Decoder(
+        straight,
+        tuple(_ready(layer, straight.n_heads, straight.n_kv) for layer in layers),
+        _turns(straight, n_positions, weight),
+        _eps(Norm(final.weight, final.variance_epsilon)),
+        Product.of(weight * final.weight, head.bias_V),
+    )
+
+
+def _turns(straight: Straight, n_positions: int, like: Tensor) -> Tensor:
+    positions = torch.arange(n_positions, device=like.device)
+    cos, sin = straight.decoder.rotary_emb(like[:1], positions[None])
+    half = cos.shape[-1] // 2
+    return torch.complex(cos[0, :, :half], sin[0, :, :half])[:, None]
+
+
+def _ready(layer: Layer, n_heads: int, n_kv: int) -> Ready:
+    q, k = _paired(layer.q.weight, n_heads), _paired(layer.k.weight, n_kv)
+    biases = [_paired(b, n) for b, n in ((layer.q.bias, n_heads), (layer.k.bias, n_kv)) if b is not None]
+    qk_weight = None
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q_weight, k_weight = _paired(layer.q_norm.weight_D, 1), _paired(layer.k_norm.weight_D, 1)
+        qk_weight = torch.cat([(q_weight * layer.scale).expand(n_heads, -1), k_weight.expand(n_kv, -1)])
+    else:
+        q = q * layer.scale
+        biases = [b * layer.scale if i == 0 else b for i, b in enumerate(biases)]
+    qkv = torch.cat([q, k, layer.v.weight]).mul_(layer.before.weight_D)
+    gate_up = torch.cat([layer.gate.weight, layer.up.weight]).mul_(layer.after.weight_D)
+    return Ready(
+        call=AttentionCall(layer.index, 1.0, layer.window, None, 0.0),
+        before=_eps(layer.before),
+        qkv=Product.of(qkv, torch.cat([*biases, layer.v.bias]) if biases else None),
+        qk_eps=None if layer.q_norm is None else _eps(layer.q_norm),
+        qk_weight=qk_weight,
+        o=Product.of(layer.o.weight),
+        after=_eps(layer.after),
+        gate_up=Product.of(gate_up),
+        down=Product.of(layer.down.weight),
+    )
+
+
+def _paired(rows: Tensor, n_heads: int) -> Tensor:
+    """Within each head's rows, those of a pair that turns together side by side."""
+    return rows.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _eps(norm: Norm) -> Tensor:
+    return norm.weight_D.new_tensor(norm.eps)
