@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from posttrain.errors import ModelError
+from posttrain.models.memory import HELD, holds_freed_memory
 from posttrain.pipeline.stage import load_options
 from posttrain.plan.beside import Critic, critic_of, with_critic, with_teacher
 from posttrain.plan.rows import Rows, sampled
@@ -177,6 +178,8 @@ def _training(
     pass_ = {"activations": training.peak, **unpacked}
     if not rows.several:
         pass_ = {"activations, and gradients as they come": training.peak, **unpacked}
+    if setup.device == "cpu" and holds_freed_memory():
+        pass_["freed and not given back"] = min(training.held, HELD)
     return [
         Phase("train", {**held, **states, **(gradients if rows.several else {}), **pass_}),
         Phase("take a step", {**held, **states, **gradients}),
