@@ -59,7 +59,8 @@ class ForestAttention:
 
     def attend(self, call: AttentionCall, q_THD: Tensor, k_ThD: Tensor, v_ThD: Tensor) -> Tensor:
         if self.keep_keys:
-            self.kept[call.layer] = (k_ThD, v_ThD)
+            # Not as views of joined projections, whose other parts would be kept with them.
+            self.kept[call.layer] = (k_ThD.contiguous(), v_ThD.contiguous())
         batch = self.batch
         if call.softcap is None and not call.dropout and serves(q_THD, v_ThD):
             if self._packed is None:
