@@ -270,11 +270,25 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class Opinion:
+    """A reward model that scored a suite. `fingerprint` is of its content; `shown` says how it told the suite's gold
+    answers from wrong ones; `doubts` are sentences that speak against believing it."""
+
+    model: str
+    fingerprint: str
+    shown: str
+    doubts: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.model} ({self.fingerprint[:12]}…)"
+
+
+@dataclass(frozen=True, slots=True)
 class GateReport:
     """Parent and child on the same held-out items, and the verdict."""
 
     suite: str
-    kind: str  # accuracy | win_rate
+    kind: str  # accuracy | win_rate | mean_score | pairs
     before: Measured
     after: Measured
     gain: float
@@ -290,6 +304,7 @@ class GateReport:
     min_score: float | None = None
     looks: int = 1  # how often the recipe may be judged on these items; the p-value must reach 0.05 / looks
     counts: Mapping[str, int] = field(default_factory=dict)  # scored, cut, checker_failed, timed_out ... per side
+    opinions: tuple[Opinion, ...] = ()  # of the reward models that scored; empty where checkers alone did
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ ROWS = {  # by the words in a file's name, one row that the recipe's columns fit
     "data/pairs-a.jsonl": {"prompt": "a?", "chosen": "b", "rejected": "c"},
     "data/pairs-b.jsonl": {"prompt": "d?", "chosen": "e", "rejected": "f"},
     "data/better.jsonl": {"ask": "a?", "good": "b", "bad": "c"},
+    "data/preferred.jsonl": {"system": "Be brief.", "input": "a?", "chosen": "b", "rejected": "c"},
+    "data/steps.jsonl": {"prompt": "1 + 1?", "completions": ["1 + 1 = 2", "so 2"], "labels": [True, True]},
     "data/sums.jsonl": {"prompt": "1 + 1?", "solution": "2"},
     "data/thumbs.jsonl": {"prompt": "a?", "completion": "b", "label": True},
     "data/rated.jsonl": {"instruction": "a?", "completion": "b", "label": False},

@@ -34,6 +34,8 @@ WITHIN = {  # sections that a converter reads, by the file they are tried in
     "axolotl/grpo": ("trl", "reward_funcs reward_weights num_generations max_completion_length beta scale_rewards "
         "loss_type importance_sampling_level epsilon epsilon_high delta multi_objective_aggregation "
         "steps_per_generation generation_batch_size entropy_coef"),
+    "axolotl/steps": ("datasets", "path type step_separator train_on_last_step_only max_completion_length split"),
+    "axolotl/reward": ("bnb_config_kwargs", "bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_compute_dtype"),
     "trl/dpo": ("datasets", "path name split data_files data_dir columns"),
 }  # fmt: skip
 INFO_KEYS = "file_name hf_hub_url formatting ranking subset split num_samples columns tags folder".split()
@@ -59,7 +61,19 @@ def unlike_itself(done: Imported, data: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    "name", ["axolotl/chat", "axolotl/dpo", "axolotl/grpo", "llama_factory/kto", "trl/dpo", "trl/grpo"]
+    "name",
+    [
+        "axolotl/chat",
+        "axolotl/dpo",
+        "axolotl/grpo",
+        "axolotl/reward",
+        "axolotl/steps",
+        "llama_factory/kto",
+        "llama_factory/reward",
+        "trl/dpo",
+        "trl/grpo",
+        "trl/reward",
+    ],
 )
 def test_any_key_with_any_value_has_one_fate(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A refusal is allowed; a crash, a key without a fate and a known key called unknown are not."""

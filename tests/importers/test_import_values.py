@@ -65,6 +65,97 @@ def test_axolotl_preference(folder: Path) -> None:
     assert said["per_device_train_batch_size"] == 8  # batch_size, not micro_batch_size × 1
 
 
+def test_axolotl_reward_model_with_a_quantised_base_and_an_expression(folder: Path) -> None:
+    done, recipe = recipe_of(folder, HERE / "axolotl" / "reward.yaml")
+    said = values(recipe)
+    assert (recipe.stages[0].method, said["center_rewards_coefficient"]) == ("reward_model", 0.01)
+    assert said["datasets"][0] | {"columns": {"prompt": "input"}, "format": "preference"} == said["datasets"][0]
+    assert (said["adapter"], said["lora"]["target_modules"]) == ("qlora", r".*\.(q|v)_proj")
+    assert said["lora"]["modules_to_save"] == []
+    assert said["on_overflow"] == "drop"
+    assert "is read at the end of an answer" in lost(done)["excess_length_strategy"]
+    carried = {one.key: (one.ours, one.value) for one in done.carried}
+    assert carried["reward_model"] == ("stages", "reward_model")
+    assert carried["bnb_config_kwargs.bnb_4bit_quant_type"] == ("adapter", "qlora")
+    assert carried["bnb_config_kwargs.bnb_4bit_use_double_quant"] == ("adapter", "qlora")
+    assert {"num_labels", "lora_modules_to_save", "bnb_config_kwargs.bnb_4bit_compute_dtype"} <= {
+        one.key for one in done.not_needed
+    }
+
+
+def test_axolotl_process_reward_model(folder: Path) -> None:
+    done, recipe = recipe_of(folder, HERE / "axolotl" / "steps.yaml")
+    said = values(recipe)
+    assert (recipe.stages[0].method, said["datasets"][0]["format"]) == ("process_reward_model", "stepwise")
+    assert (said["on_overflow"], said["adapter"]) == ("drop", "none")
+    assert "datasets.1.max_completion_length" in lost(done)
+    assert {"reward_model", "datasets.1.step_separator", "datasets.1.train_on_last_step_only"} <= {
+        one.key for one in done.not_needed
+    }
+    assert any("the chat template is written around both" in note for note in done.notes)
+
+
+def test_llama_factory_reward_model(folder: Path) -> None:
+    done, recipe = recipe_of(folder, HERE / "llama_factory" / "reward.yaml")
+    said = values(recipe)
+    assert (recipe.stages[0].method, said["adapter"], said["on_overflow"]) == ("reward_model", "qlora", "drop")
+    assert said["lora"]["modules_to_save"] == ["embed_tokens"]
+    assert (said["learning_rate"], said["per_device_train_batch_size"]) == (1e-4, 8)
+    assert any(note.startswith("v_head left out: the score trains in full anyway") for note in done.notes)
+    assert lost(done)["quantization_type"] == "a 4-bit base is in NormalFloat, nf4: its rounding differs."
+    assert {"double_quantization", "bnb_4bit_compute_dtype", "pref_beta"} <= {one.key for one in done.not_needed}
+
+
+def test_trl_reward_models(folder: Path) -> None:
+    done, recipe = recipe_of(folder, HERE / "trl" / "reward.yaml")
+    said = values(recipe)
+    assert (recipe.stages[0].method, said["adapter"], said["center_rewards_coefficient"]) == (
+        "reward_model",
+        "qlora",
+        0.01,
+    )
+    assert (said["learning_rate"], said["on_overflow"], said["max_length"]) == (1e-4, "drop", 2048)
+    assert said["lora"]["target_modules"] == "all-linear"
+    carried = {one.key: one.value for one in done.carried}
+    assert (carried["bnb_4bit_quant_type"], carried["use_bnb_nested_quant"]) == ("qlora", "qlora")
+    assert any("here margin: column asks for it" in note for note in done.notes)
+    done, recipe = recipe_of(folder, HERE / "trl" / "prm_steps.yaml")
+    assert (recipe.stages[0].method, values(recipe)["learning_rate"]) == ("process_reward_model", 1e-5)
+    assert {"step_separator", "train_on_last_step_only", "max_completion_length"} <= lost(done).keys()
+
+
+@pytest.mark.parametrize(
+    ("written", "becomes"),
+    [
+        ("q_proj,v_proj", ["q_proj", "v_proj"]),
+        ("[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("'.*layers\\.[0-9]+\\.mlp\\..*'", r".*layers\.[0-9]+\.mlp\..*"),
+        ("['.*_proj']", ".*_proj"),
+        ("'(unclosed'", None),
+    ],
+)
+def test_targets_as_names_and_as_expressions(folder: Path, written: str, becomes: Any) -> None:
+    text = (HERE / "axolotl" / "dpo.yaml").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("lora_target_modules")]
+    lines = [
+        line for line in lines if not line.strip().startswith("- q_proj") and not line.strip().startswith("- v_proj")
+    ]
+    (folder / "x.yaml").write_text("\n".join([*lines, f"lora_target_modules: {written}"]) + "\n", encoding="utf-8")
+    done = import_file("axolotl", "x.yaml", folder / "recipe.yaml")
+    (folder / "recipe.yaml").write_text(done.text, encoding="utf-8")
+    said = values(load_recipe(folder / "recipe.yaml"))["lora"]["target_modules"]
+    if becomes is None:
+        assert "it is no regular expression" in lost(done)["lora_target_modules"]
+    assert said == (becomes or "all-linear")
+
+
+def test_a_qlora_adapter_without_its_switch_is_still_quantised(folder: Path) -> None:
+    text = (HERE / "axolotl" / "qlora.yaml").read_text(encoding="utf-8").replace("load_in_4bit: true", "load_in_4bit:")
+    (folder / "x.yaml").write_text(text, encoding="utf-8")
+    done = import_file("axolotl", "x.yaml", folder / "recipe.yaml")
+    assert "adapter: qlora" in done.text
+
+
 def test_axolotl_grpo_counts_prompts_not_answers(folder: Path) -> None:
     done, recipe = recipe_of(folder, HERE / "axolotl" / "grpo.yaml")
     said = values(recipe)

@@ -15,7 +15,7 @@ import pytest
 from import_help import FILES, HERE, fates, imported, lost, named, recipe_of, tool_of
 
 from posttrain.cli import main
-from posttrain.data.formats import read_examples, read_pairs, read_rated, read_tasks
+from posttrain.data.formats import read_examples, read_pairs, read_rated, read_stepwise, read_tasks
 from posttrain.errors import PosttrainError, RecipeError
 from posttrain.importers import TOOLS, import_file
 
@@ -62,7 +62,8 @@ def test_an_unknown_key_of_a_data_set_is_named(folder: Path) -> None:
     assert len(done.lost) == len(imported(folder, HERE / "axolotl" / "qlora.yaml").lost) + 1
 
 
-READERS = {"sft": read_examples, "dpo": read_pairs, "simpo": read_pairs, "kto": read_rated}
+READERS = {"sft": read_examples, "dpo": read_pairs, "simpo": read_pairs, "kto": read_rated, "reward_model": read_pairs}
+READERS |= {"process_reward_model": read_stepwise}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f"{f.parent.name}-{f.stem}")
@@ -104,7 +105,7 @@ def test_a_file_of_another_tool_is_refused(folder: Path, file: Path, tool: str) 
         ("", "x.yaml:1: holds null"),
         ("colour: blue\n", "x.yaml:1: this is no Axolotl configuration: it has no base_model."),
         ("name: a\nmodel: m\nstages: []\n", "x.yaml:3: this is no Axolotl configuration"),
-        ("base_model: m\ndatasets: [{path: d.jsonl}]\nrl: ppo\n", "x.yaml:3: rl = ppo: there is no such stage here."),
+        ("base_model: m\ndatasets: [{path: d.jsonl}]\nrl: ppo\n", "x.yaml:3: rl = ppo: it is not imported."),
     ],
 )
 def test_broken_files(folder: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +117,7 @@ def test_broken_files(folder: Path, text: str, message: str, capsys: pytest.Capt
 
 def test_a_stage_that_is_not_there_is_named(folder: Path) -> None:
     (folder / "x.yaml").write_text("model_name_or_path: m\nstage: ppo\ndataset: d\n", encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"x.yaml:2: stage = ppo: there is no such stage here. Stages are sft, dpo"):
+    with pytest.raises(RecipeError, match=r"x.yaml:2: stage = ppo: it is not imported. Stages are sft, dpo"):
         import_file("llama-factory", "x.yaml", folder / "recipe.yaml")
 
 

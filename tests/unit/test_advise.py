@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from posttrain.cli import main
+from posttrain.cli.advise import AIMS, WORDS
 from posttrain.errors import EXIT_USAGE
 from posttrain.gate.ahead import read_ahead
 from posttrain.plan.advice import CHOICES, GOALS, HAVE, Recommendation, Situation, recipe_text, recommend, table
@@ -94,6 +95,18 @@ def test_every_choice_is_a_sound_stage(folder: Path, name: str) -> None:
         (situation("checker", "demonstrations", goal="reasoning"), ("sft", "grpo")),
         (situation("checker", "demonstrations", goal="reasoning", memory_tight=True), ("sft",)),
         (situation("steps", goal="reasoning"), ("process_reward_model",)),
+        (situation("teacher"), ("distill",)),
+        (situation("teacher", goal="safety", base_model=True), ("sft", "distill")),
+        (situation("teacher", goal="tone"), ("sft",)),
+        (situation("teacher", memory_tight=True), ("sft",)),
+        (situation("teacher", "demonstrations"), ("sft", "distill")),
+        (situation("teacher", "demonstrations", goal="format"), ("sft",)),
+        (situation("teacher", "checker", goal="reasoning"), ("distill", "grpo")),
+        (situation("teacher", "checker", goal="reasoning", memory_tight=True), ("grpo",)),
+        (situation("teacher", "pairs", noisy=True), ("distill", "dpo-ipo")),
+        (situation("teacher", "pairs", base_model=True), ("sft", "distill", "dpo")),
+        (situation("teacher", "steps", goal="reasoning"), ("distill",)),
+        (situation("teacher", goal="knowledge"), ()),
         (situation("nothing"), ("sft",)),
         (situation("nothing", goal="knowledge"), ()),
         (situation("demonstrations", goal="knowledge"), ("sft",)),
@@ -102,6 +115,27 @@ def test_every_choice_is_a_sound_stage(folder: Path, name: str) -> None:
 )
 def test_the_tree(s: Situation, stages: tuple[str, ...]) -> None:
     assert recommend(s).stages == stages
+
+
+def test_a_teacher_is_recommended_with_reasons_cost_and_data() -> None:
+    found = recommend(situation("teacher", "checker", goal="reasoning"))
+    said = " ".join(found.reasons)
+    assert "it says at every token of the student's own answers" in said
+    assert "A student stops at its teacher. What goes on from there: A program can check" in said
+    assert "one tokenizer for both" in said
+    distill = found.choices[0]
+    assert "its weights lie in memory beside the model's" in distill.cost
+    assert "without answers" in distill.needs
+    assert "teacher: Qwen/Qwen3-8B" in recipe_text(found, situation("teacher", "checker", goal="reasoning"))
+    tight = recommend(situation("teacher", memory_tight=True))
+    assert tight.collect.startswith("Let the teacher answer some thousands of prompts")
+    base = recommend(situation("teacher", base_model=True))
+    assert base.collect.startswith("Let the teacher write some hundreds of demonstrations")
+
+
+def test_the_questions_are_those_the_tree_knows() -> None:
+    assert tuple(WORDS) == HAVE
+    assert tuple(AIMS) == GOALS
 
 
 def test_only_methods_there_are_and_all_of_them() -> None:

@@ -178,7 +178,7 @@ def test_a_suite_of_pairs_loses_no_row(tmp_path: Path) -> None:
         load(tmp_path, FILE, rows)
 
 
-def test_a_reward_model_as_a_suite_s_score_is_refused_aloud(tmp_path: Path) -> None:
+def test_a_reward_model_s_score_is_not_called_accuracy(tmp_path: Path) -> None:
     text = "name: a\nitems: rows.jsonl\nscore: [math, {reward_model: {model: judge}}]\n"
     with pytest.raises(DataError, match="score names a reward model"):
         load(tmp_path, text, [{"prompt": "q", "answer": "1"}])

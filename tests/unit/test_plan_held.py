@@ -132,6 +132,17 @@ def test_a_kl_that_is_taken_off_the_reward_is_asked_with_the_rollouts() -> None:
 WITHOUT_HEAD = QWEN.n_params - 151936 * 4096 + 4096  # a score in place of the output layer
 
 
+def test_reward_models_that_score_a_suite_lie_beside_the_saved_model_after_it_answered() -> None:
+    s = settings("sft")
+    asking = Asking(n_prompts=8, n_answers=1, prompt=100, answer=100)
+    found = hold(QWEN, s, assumed_rows(s), H100, suite=asking, suite_judges=7)
+    *_, gate, opinions = found.phases
+    assert (gate.name, opinions.name) == ("gate", "gate: reward models")
+    assert opinions.parts["reward models"] == 7
+    assert opinions.parts["weights"] == gate.parts["weights"]
+    assert hold(QWEN, s, assumed_rows(s), H100, suite=asking).phases[-1].name == "gate"
+
+
 def test_ppo_has_four_models_of_which_two_learn() -> None:
     """Policy and critic: weights, gradients, two moments. The reference is a copy of what trains."""
     s = settings("ppo", gradient_checkpointing=True)

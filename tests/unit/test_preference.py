@@ -197,6 +197,15 @@ def test_a_reference_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
         against.open_reference(stage_against(policy, other, tmp_path), toy.METHODS["dpo"].settings())
 
 
+def test_a_moving_reference_of_another_shape_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    policy, other = with_tokenizer(toy.policy_for("dpo")), with_tokenizer(tiny_policy("qwen3", seed=3))
+    s = toy.METHODS["dpo-moving"].settings()
+    with pytest.raises(ModelError, match=r"the reference is of another shape: .* differs"):
+        against.open_reference(stage_against(policy, other, tmp_path), s)
+    alike = with_tokenizer(tiny_policy("llama", seed=3))
+    assert against.open_reference(stage_against(policy, alike, tmp_path), s).live is not None
+
+
 def test_a_moving_reference_goes_where_tr_dpo_says_and_nowhere_else(tmp_path: Path) -> None:
     policy = toy.policy_for("dpo-moving")
     start = toy.weights(policy)

@@ -204,6 +204,7 @@ def test_keys_that_no_loss_of_the_stage_reads_are_refused(key: str, beside: str,
         ("loss_type: exo_pair\n      label_smoothing: 0.0", "dpo.label_smoothing = 0 makes exo_pair infinite."),
         ("loss_type: aot\n      use_weighting: true", "dpo.use_weighting weighs pairs, but aot sorts the batch"),
         ("sync_ref_model: true\n      adapter: lora", "dpo.sync_ref_model moves the reference's weights, but with an"),
+        ("sync_ref_model: true\n      adapter: qlora", "the frozen base, and a mixture of two adapters' factors is no"),
         ("sync_ref_model: true\n      precompute_ref_log_probs: true", "dpo.sync_ref_model changes the reference's"),
     ],
 )

@@ -132,6 +132,17 @@ def test_a_recipe_of_a_reward_model_alone_with_an_adapter(place: Path) -> None:
     assert better.value > worse.value
 
 
+def test_embeddings_that_train_beside_an_adapter_are_in_the_saved_reward_model(place: Path) -> None:
+    """The base's head shares its weights with them; the score has taken its place."""
+    lora = {"r": 4, "modules_to_save": ["embed_tokens"]}
+    report, _ = go(recipe(place, reward_model(None, adapter="lora", lora=lora, max_steps=2)), place / "home")
+    saved = open_scorer(report.outcomes[0].artefact.path, "embedded").model
+    before = load_policy(str(place / "base")).model.get_input_embeddings().weight
+    after = saved.model.get_input_embeddings().weight
+    assert (after - before).abs().max() > 1e-4
+    assert not any("modules_to_save" in name for name in saved.model.state_dict())
+
+
 def test_an_adapter_on_a_base_in_half_precision(place: Path) -> None:
     report, _ = go(recipe(place, reward_model(None, adapter="dora", dtype="bfloat16", max_steps=2)), place / "home")
     saved = open_scorer(report.outcomes[0].artefact.path, "dora").model
@@ -150,6 +161,14 @@ def test_an_adapter_on_a_base_in_half_precision(place: Path) -> None:
         ((sft(), rewarded("x", margin=1.0)), r"reward_model\.margin is not a key here"),
         ((sft(), rewarded("never-made@1")), "no model 'never-made' is registered"),
         ((reward_model(margin="column"),), "has no number in a column `margin`"),
+        (
+            (reward_model(adapter="lora", lora={"modules_to_save": ["score"]}),),
+            "names score, which trains in full",
+        ),
+        (
+            (steps_model(adapter="dora", lora={"modules_to_save": ["lm_head"]}),),
+            "names lm_head, the output layer",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(place: Path, stages: Any, message: str) -> None:

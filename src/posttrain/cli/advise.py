@@ -21,6 +21,7 @@ WORDS = {
     "demonstrations": "prompts with good answers",
     "checker": "a program that can check an answer",
     "steps": "worked answers with their steps marked right or wrong",
+    "teacher": "a stronger model of the same tokenizer, to copy",
     "nothing": "none of these",
 }
 AIMS = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,8 @@ from posttrain.errors import RecipeError
 
 if TYPE_CHECKING:
     from posttrain.gate.suites import ItemResult, Suite
-    from posttrain.records import GateReport, Measured
+    from posttrain.pipeline.opinions import Panel
+    from posttrain.records import GateReport, Measured, Opinion
 
 OutOption = Annotated[str | None, typer.Option("--out", metavar="FILE", help="Write every graded answer, as JSONL.")]
 
@@ -51,7 +53,9 @@ def evaluate(
     if judged.kind == "pairs":
         _evaluate_pairs(found, judged, out, as_json=as_json)
         return
-    results, seconds = _answers(found, judged)
+    panel, opinions = _panel(judged, {"model": found}, home_folder(home))
+    assert panel.suite is not None
+    results, seconds = _answers(found, panel.suite, panel)
     measured = measure(judged, results)
     if out is not None:
         from posttrain.gate.answer import write_answers
@@ -60,9 +64,9 @@ def evaluate(
     if failed := too_many_failed(results):
         typer.echo(f"warning: of the {failed} They count 0.", err=True)
     if as_json:
-        print_json(_score_as_json(found, judged, results, measured, seconds))
+        print_json(_score_as_json(found, panel.suite, results, measured, seconds, opinions))
         return
-    _show_score(found, judged, results, measured, seconds)
+    _show_score(found, judged, results, measured, seconds, opinions)
     print_next(command_line("compare", "builtin:tiny-base", model, "--suite", suite, home=home))
 
 
@@ -101,11 +105,13 @@ def compare(
     from posttrain.settings import GateSettings
 
     judged = _suite(suite)
-    found = [locate(model, home_folder(home)) for model in (model_a, model_b)]
-    (before, seconds_a), (after, seconds_b) = (_answers(one, judged) for one in found)
-    a, b = found
+    a, b = (locate(model, home_folder(home)) for model in (model_a, model_b))
+    panel, opinions = _panel(judged, {"first model": a, "second model": b}, home_folder(home))
+    assert panel.suite is not None
+    (before, seconds_a), (after, seconds_b) = (_answers(one, panel.suite, panel) for one in (a, b))
     seconds = round(seconds_a + seconds_b, 2)
     report = judge(judged, before, after, GateSettings(suite=suite), seconds, a.label, b.label, as_equals=True)
+    report = replace(report, opinions=opinions)
     verdict = compared(report)
     if as_json:
         sides = {"a": _identity(a), "b": _identity(b)}
@@ -124,7 +130,42 @@ def _suite(name: str) -> Suite:
     return load_suite(resolve(name), resolve)
 
 
-def _answers(found: Located, suite: Suite) -> tuple[list[ItemResult], float]:
+def _panel(suite: Suite, sides: Mapping[str, Located], home: Path) -> tuple[Panel, tuple[Opinion, ...]]:
+    """The suite with the reward models that score it. What speaks against these is told before the figures."""
+    from posttrain.pipeline.opinions import Panel, warnings, with_models
+    from posttrain.pipeline.scoring import RewardModel
+    from posttrain.recipe.rules_reward import names_stage
+    from posttrain.reporting import Reporter
+
+    if not suite.scorers:
+        return Panel(suite, {}, "auto"), ()
+    models = {}
+    for scorer in suite.scorers:
+        if names_stage(scorer.model):
+            raise RecipeError(
+                f"the suite {suite.name} is scored by the stage {scorer.model}, and no recipe is run here.",
+                remedy="Name a registered NAME@VERSION or a folder in the suite.",
+            )
+        found = locate(scorer.model, home)
+        label = _artefact_name(found) if found.label == scorer.model else found.label
+        models[scorer.model] = RewardModel(found.source, label, found.fingerprint)
+    panel = with_models(suite, models, "auto")
+    opinions = panel.opinions(None, Reporter(), sides)
+    for warning in warnings(opinions):
+        typer.echo(f"warning: {warning}", err=True)
+    return panel, opinions
+
+
+def _artefact_name(found: Located) -> str:
+    """Of a folder that posttrain wrote; any other stays as it was named."""
+    from posttrain.registry.artefact import is_artefact
+    from posttrain.registry.manifest import read_manifest
+
+    folder = Path(found.source)
+    return str(read_manifest(folder).ref(folder)) if is_artefact(folder) else found.label
+
+
+def _answers(found: Located, suite: Suite, panel: Panel) -> tuple[list[ItemResult], float]:
     import time
 
     from posttrain.data.render import Renderer
@@ -136,7 +177,7 @@ def _answers(found: Located, suite: Suite) -> tuple[list[ItemResult], float]:
     opened = open_model(found)
     assert isinstance(opened.writer, Renderer), "suites ask through the chat template"
     started = time.monotonic()
-    results = answer_suite(opened.policy, opened.writer, suite, found.label, Reporter())
+    results = answer_suite(opened.policy, opened.writer, suite, found.label, Reporter(), open_scorer=panel.opener)
     return results, round(time.monotonic() - started, 2)
 
 
@@ -160,7 +201,12 @@ def _outcomes(results: Sequence[ItemResult]) -> dict[str, int]:
 
 
 def _score_as_json(
-    found: Located, suite: Suite, results: Sequence[ItemResult], measured: Measured, seconds: float
+    found: Located,
+    suite: Suite,
+    results: Sequence[ItemResult],
+    measured: Measured,
+    seconds: float,
+    opinions: Sequence[Opinion],
 ) -> dict[str, Any]:
     return _identity(found) | {
         "suite": suite.name,
@@ -171,23 +217,30 @@ def _score_as_json(
         "interval": [measured.interval.low, measured.interval.high],
         "outcomes": _outcomes(results),
         "seconds": seconds,
+        "opinions": [asdict(opinion) for opinion in opinions],
     }
 
 
 def _show_score(
-    found: Located, suite: Suite, results: Sequence[ItemResult], measured: Measured, seconds: float
+    found: Located,
+    suite: Suite,
+    results: Sequence[ItemResult],
+    measured: Measured,
+    seconds: float,
+    opinions: Sequence[Opinion],
 ) -> None:
     from posttrain.gate.report import score
     from posttrain.reporting import duration
 
-    typer.echo(f"{found.label} on {suite.name}: {score(measured)}")
+    by = f", in the opinion of {' and '.join(map(str, opinions))}" if opinions else ""
+    typer.echo(f"{found.label} on {suite.name}: {score(measured)}{by}")
     outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in _outcomes(results).items())
     rows = [("items", f"{measured.denominator}: {outcomes}"), ("took", duration(seconds))]
     print_columns([*rows, ("fingerprint", found.fingerprint)])
 
 
 def _show_comparison(a: Located, b: Located, report: GateReport, verdict: str) -> None:
-    from posttrain.gate.report import gain, share
+    from posttrain.gate.report import believed, gain, share
     from posttrain.reporting import duration
 
     over = "gain over even" if report.kind == "win_rate" else "gain of B"
@@ -196,6 +249,6 @@ def _show_comparison(a: Located, b: Located, report: GateReport, verdict: str) -
         (f"B  {b.label}", share(report.after), b.fingerprint[:12]),
         (over, gain(report), report.method),
     ]
-    typer.echo(f"{report.suite}, {report.before.denominator} items, {duration(report.seconds)}")
+    typer.echo(f"{report.suite}, {report.before.denominator} items, {duration(report.seconds)}{believed(report)}")
     print_columns(rows)
     typer.echo(f"\n{verdict}")

@@ -149,9 +149,10 @@ def _of_recipe(words: Sequence[str], limit: int | None) -> list[Case]:
             loaded = read_tasks(stage.settings.datasets, recipe.resolve, require_answer=False)
             cases.append(Case(f"{recipe.name} {stage.key}", checkers, loaded.rows[:limit], recipe.resolve))
     for suite in {suite.fingerprint: suite for suite in suites.values() if suite.score}.values():
-        cases.append(Case(f"suite {suite.name}", suite.score, suite.items[:limit], recipe.resolve))
+        if suite.checkers:
+            cases.append(Case(f"suite {suite.name}", suite.checkers, suite.items[:limit], recipe.resolve))
     if not cases:
-        raise RecipeError(f"{names[0]} has no stage with rewards and no suite that scores answers.")
+        raise RecipeError(f"{names[0]} has no stage with a checker among its rewards, and no suite with one.")
     return cases
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from posttrain.errors import DataError, PosttrainError, RecipeError
 from posttrain.gate.suites import Suite, is_suite, load_suite
 from posttrain.recipe import Recipe, Stage
+from posttrain.recipe.rules_reward import names_stage
 from posttrain.rewards import mix
 from posttrain.rewards.proof import prove, unproven
 from posttrain.settings import SCORES_ANSWERS
@@ -21,6 +22,7 @@ def read_ahead(recipe: Recipe) -> dict[str, Suite]:
         if (gate := stage.gate) is not None:
             suites[stage.key] = _suite(recipe, stage.key, gate.suite)
             _refuse_other_kind(recipe, stage, suites[stage.key])
+            _refuse_unmade_scorer(recipe, stage, suites[stage.key])
             _refuse_out_of_reach(recipe, stage.key, suites[stage.key], gate.min_gain)
         for i, name in enumerate(s.decontaminate.against):
             if is_suite(recipe.resolve(name)):
@@ -35,13 +37,14 @@ def read_ahead(recipe: Recipe) -> dict[str, Suite]:
 
 
 def prove_scores(suites: Mapping[str, Suite]) -> list[str]:
-    """Let each suite's scoring judge gold, empty and adversarial answers to its own items; returns what stays in doubt.
+    """Let each suite's checkers judge gold, empty and adversarial answers to its own items; returns what stays in
+    doubt. Reward models prove themselves where models may be loaded (`gate/opinions.py`).
 
     Raises DataError where scoring fails a right answer or pays for a wrong one.
     """
     doubts = []
-    for suite in {suite.fingerprint: suite for suite in suites.values() if suite.score}.values():
-        with mix.build(suite.score) as rewards:
+    for suite in {suite.fingerprint: suite for suite in suites.values() if suite.checkers}.values():
+        with mix.build(suite.checkers, alone=not suite.scorers) as rewards:
             try:
                 proofs = prove(rewards, suite.items)
             except PosttrainError as e:
@@ -71,6 +74,18 @@ def _refuse_other_kind(recipe: Recipe, stage: Stage, suite: Suite) -> None:
         if scores
         else "Give a suite of kind accuracy or win_rate.",
     )
+
+
+def _refuse_unmade_scorer(recipe: Recipe, stage: Stage, suite: Suite) -> None:
+    """A reward model that the suite names by its stage must be there when the gate asks it."""
+    before = {name for earlier in recipe.stages[: stage.index - 1] for name in (earlier.key, earlier.method)}
+    for scorer in suite.scorers:
+        if names_stage(scorer.model) and scorer.model not in before:
+            raise RecipeError(
+                f"the suite {suite.name} is scored by {scorer.model}, which must be a stage before {stage.key}.",
+                where=_place(recipe, stage.key, "gate.suite"),
+                remedy="Move that stage up, or name a registered NAME@VERSION in the suite.",
+            )
 
 
 def _refuse_out_of_reach(recipe: Recipe, key: str, suite: Suite, min_gain: float) -> None:

@@ -14,17 +14,24 @@ from posttrain.models.policy import Policy
 from posttrain.records import Outcome, Request, Sampling
 from posttrain.registry.files import write_text_atomic
 from posttrain.reporting import Reporter
-from posttrain.rewards import mix
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.environments import in_environment
+from posttrain.rollout.judges import OpenScorer, open_judges
 from posttrain.rollout.local import LocalEngine
 from posttrain.seeds import derive_seed
 
 
 def answer_suite(
-    policy: Policy, renderer: Renderer, suite: Suite, label: str, reporter: Reporter, *, seed: int = 0
+    policy: Policy,
+    renderer: Renderer,
+    suite: Suite,
+    label: str,
+    reporter: Reporter,
+    *,
+    seed: int = 0,
+    open_scorer: OpenScorer | None = None,
 ) -> list[ItemResult]:
-    """One sampled answer per item, graded, in the suite's order."""
+    """One sampled answer per item, graded, in the suite's order. `open_scorer` loads the suite's reward models."""
     sampling = Sampling(
         max_new_tokens=suite.sampling.max_new_tokens,
         temperature=suite.sampling.temperature,
@@ -41,10 +48,10 @@ def answer_suite(
     _refuse_beyond_positions(policy, suite, requests)
     with reporter.task(f"{label} on {suite.name}", len(requests)) as task:
         completions = [group[0] for group in engine.generate(requests, sampling, lambda done, _: task.update(done))]
-    with mix.build(suite.score) as rewards:
-        for level in rewards.sandboxes:
+    with open_judges(suite.score, open_scorer) as judges:
+        for level in judges.sandboxes:
             reporter.line(f"{suite.name}: {level.sentence}.")
-        return grade(suite, completions, rewards)
+        return grade(suite, completions, judges)
 
 
 def _refuse_beyond_positions(policy: Policy, suite: Suite, requests: Sequence[Request]) -> None:

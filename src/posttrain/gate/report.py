@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from posttrain.records import GateReport, Interval, Measured
+from posttrain.records import GateReport, Interval, Measured, Opinion
 from posttrain.reporting import duration
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ def as_dict(report: GateReport) -> dict[str, Any]:
     for name, value in fields.items():
         if isinstance(value, Measured | Interval):
             fields[name] = dataclasses.asdict(value)
-    return fields | {"reasons": list(report.reasons), "counts": dict(report.counts)}
+    opinions = [dataclasses.asdict(o) | {"doubts": list(o.doubts)} for o in report.opinions]
+    return fields | {"reasons": list(report.reasons), "counts": dict(report.counts), "opinions": opinions}
 
 
 def from_dict(fields: Mapping[str, Any]) -> GateReport:
@@ -33,6 +34,7 @@ def from_dict(fields: Mapping[str, Any]) -> GateReport:
             "after": _measured(fields["after"]),
             "gain_interval": Interval(**fields["gain_interval"]),
             "reasons": tuple(fields["reasons"]),
+            "opinions": tuple(Opinion(**{**o, "doubts": tuple(o["doubts"])}) for o in fields.get("opinions", ())),
         }
     )
 
@@ -52,7 +54,12 @@ def line(report: GateReport) -> str:
         sides = f"the child wins {after}, the parent {before}; over even {gain(report)}"
     else:
         sides = f"{before} → {after}; gain {gain(report)}"
-    return f"{report.suite}: {sides}; {verdict(report)}"
+    return f"{report.suite}: {sides}{believed(report)}; {verdict(report)}"
+
+
+def believed(report: GateReport) -> str:
+    """, in the opinion of judge@1 (1a2b3c…): where a reward model scored, no number is a share of right answers."""
+    return f", in the opinion of {' and '.join(map(str, report.opinions))}" if report.opinions else ""
 
 
 def share(m: Measured) -> str:
@@ -109,7 +116,7 @@ def _cells(stage: Judged) -> tuple[str, ...]:
     r = stage.report
     i = r.gain_interval
     return (
-        f"{stage.stage}\n{r.suite}",
+        f"{stage.stage}\n{r.suite}" + ("\n(a model's opinion)" if r.opinions else ""),
         f"{_counted(r.before)}\n{_range(r.before.interval)}",
         f"{_counted(r.after)}\n{_range(r.after.interval)}",
         f"{100 * r.gain:+.1f}\n[{100 * i.low:.1f}, {100 * i.high:.1f}]",
@@ -130,7 +137,8 @@ def markdown(reports: Sequence[GateReport]) -> str:
 def _method(report: GateReport) -> str:
     troubled = {name: n for name, n in report.counts.items() if n and not name.endswith("_scored")}
     counted = "".join(f", {n} {name.replace('_', ' ')}" for name, n in troubled.items())
-    return f"({report.before.denominator} items{counted}; {report.method}, p = {report.p_value:.2g}.)"
+    said = f"({report.before.denominator} items{counted}; {report.method}, p = {report.p_value:.2g}.)"
+    return f"{said} Scored{believed(report).removeprefix(',')}." if report.opinions else said
 
 
 def _counted(m: Measured) -> str:

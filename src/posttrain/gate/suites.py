@@ -2,11 +2,12 @@
 
 name: arith-heldout
 kind: accuracy                          # or win_rate: each of the child's scores against the parent's
+                                        # or mean_score: where a reward model scores, the mean of its scores
                                         # or pairs: preference pairs on which a reward model is judged, and no more keys
 items: builtin:data/arith-test.jsonl    # or a path relative to this file
 columns: {prompt: question, answer: answer}
 limit: 200
-score: [math]                           # rewards, as in a recipe
+score: [math]                           # rewards, as in a recipe; a reward model too, with win_rate or mean_score
 must_finish: true                       # an answer cut by the length cap counts 0
 sampling: {temperature: 0.0, max_new_tokens: 96}
 environment: {calculator: {max_turns: 3}}   # if answers may use one
@@ -18,9 +19,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, ValidationError
 
@@ -28,15 +29,16 @@ from posttrain import paths
 from posttrain.errors import DataError, PosttrainError
 from posttrain.recipe import read_yaml
 from posttrain.recipe.faults import violations
+from posttrain.recipe.rules_reward import names_stage, scorer_entry_fault
 from posttrain.recipe.rules_sampling import environment_fault
 from posttrain.recipe.yaml_lines import key_name
 from posttrain.records import Completion, Outcome, Pair, Sampling, Status, Task
 from posttrain.rewards import mix, user
-from posttrain.settings import DatasetSettings, Positive, Section, Share
+from posttrain.settings import DatasetSettings, Positive, ScorerSettings, Section, Share
 from posttrain.settings.environment import DESCRIPTION, Entry, chosen
-from posttrain.settings.reward import is_scorer_entry
+from posttrain.settings.reward import REWARD_MODEL, checkers_of, is_scorer_entry, scorers_of
 
-Kind = Literal["accuracy", "win_rate", "pairs"]
+Kind = Literal["accuracy", "win_rate", "mean_score", "pairs"]
 Resolve = Callable[[str], Path]
 ReadTasks = Callable[[Sequence[DatasetSettings], Resolve], Sequence[Task]]
 
@@ -78,6 +80,16 @@ class Suite:
     pairs: tuple[Pair, ...] = ()  # of kind pairs; its items are their prompts
     environment: Entry | None = None  # what answers may call upon; a file by its whole path
 
+    @property
+    def checkers(self) -> list[str | Mapping[str, Any]]:
+        """What scores its answers without a model."""
+        return checkers_of(self.score)
+
+    @property
+    def scorers(self) -> list[ScorerSettings]:
+        """The reward models that score its answers; a folder by its whole path."""
+        return scorers_of(self.score)
+
 
 @dataclass(frozen=True, slots=True)
 class ItemResult:
@@ -88,6 +100,14 @@ class ItemResult:
     outcome: Outcome
     text: str
     weight_version: int
+
+
+class Grader(Protocol):
+    """Scores answers: checkers, or checkers and reward models together."""
+
+    def score(
+        self, completions: Sequence[Completion], tasks: Sequence[Task], *, score_cut: bool = False
+    ) -> list[mix.MixScore]: ...
 
 
 def load_suite(path: Path, resolve: Resolve, read_tasks: ReadTasks | None = None) -> Suite:
@@ -104,20 +124,9 @@ def load_suite(path: Path, resolve: Resolve, read_tasks: ReadTasks | None = None
         raise
     if not items:
         raise DataError("the suite has no items.", where=str(path), remedy=f"{settings.items} holds no row.")
-    if any(is_scorer_entry(entry) for entry in settings.score):
-        raise DataError(
-            "score names a reward model, but what a suite scores is proved on gold answers, which a model's opinion "
-            "cannot be.",
-            where=str(path),
-            remedy="Score by checkers. A reward model ranks answers with generate --best-of, and pays in grpo.rewards.",
-        )
     try:
         score, files = _located(settings.score, path)
-        with mix.build(score) as rewards:
-            for part in rewards.parts:
-                _refuse_beyond_shares(part)
-                for item in items:
-                    part.reward.arguments(item, **part.options)
+        _refuse_unfit(score, items)
     except PosttrainError as e:
         raise DataError(f"{e.where}: {e.what}", where=str(path), remedy=e.remedy) from e
     return Suite(
@@ -132,6 +141,27 @@ def load_suite(path: Path, resolve: Resolve, read_tasks: ReadTasks | None = None
     )
 
 
+def judged_by(suite: Suite, prints: Mapping[str, str]) -> Suite:
+    """The suite as these very reward models score it. `prints`: the fingerprint of each by its name in the suite; the
+    name itself means nothing."""
+    if not suite.scorers:
+        return suite
+    found = _hash([suite.fingerprint, [prints[scorer.model] for scorer in suite.scorers]])
+    return replace(suite, fingerprint=found)
+
+
+def _refuse_unfit(score: Sequence[str | Mapping[str, Any]], items: Sequence[Task]) -> None:
+    """Checkers that measure no shares, or that an item lacks a field for."""
+    checkers = checkers_of(score)
+    if not checkers and score:
+        return
+    with mix.build(checkers, alone=len(checkers) == len(score)) as rewards:
+        for part in rewards.parts:
+            _refuse_beyond_shares(part)
+            for item in items:
+                part.reward.arguments(item, **part.options)
+
+
 def _environment(settings: SuiteSettings, path: Path) -> Entry | None:
     """A file lies beside the suite."""
     world = chosen(settings.environment)
@@ -144,12 +174,31 @@ def _environment(settings: SuiteSettings, path: Path) -> Entry | None:
 
 
 def _located(score: Sequence[str | Mapping[str, Any]], suite: Path) -> tuple[list[Any], list[str]]:
-    """The rewards with the files of the user's own as absolute paths, and the hashes of these files."""
+    """The rewards with files of the user's own and folders of reward models as absolute paths, and the hashes of these
+    files."""
+    folder = suite.resolve().parent
 
     def resolve(file: str) -> Path:
-        return paths.resolve(file, suite.resolve().parent)
+        return paths.resolve(file, folder)
 
-    return user.located(score, resolve), user.hashes(score, resolve)
+    located = [_with_folder(entry, folder) if is_scorer_entry(entry) else entry for entry in score]
+    return user.located(located, resolve), user.hashes(score, resolve)
+
+
+def _with_folder(entry: str | Mapping[str, Any], suite: Path) -> Mapping[str, Any]:
+    """A reward model in a folder lies beside the suite; stages and registered names are looked for when it is asked."""
+    (settings,) = scorers_of([entry])
+    name = settings.model
+    if names_stage(name) or not (name.startswith(("/", ".", "~", paths.BUILTIN)) or (suite / name).is_dir()):
+        return {REWARD_MODEL: settings.model_dump()}
+    folder = paths.resolve(name, suite)
+    if not (folder / "config.json").is_file():
+        raise DataError(
+            f"the reward model {name} is no model folder: it has no config.json.",
+            where="score",
+            remedy="Name a registered NAME@VERSION, or a folder that posttrain or save_pretrained wrote.",
+        )
+    return {REWARD_MODEL: {**settings.model_dump(), "model": str(folder.resolve())}}
 
 
 def _refuse_beyond_shares(part: mix.Part) -> None:
@@ -196,7 +245,7 @@ def is_suite(path: Path) -> bool:
     return path.suffix in (".yaml", ".yml")
 
 
-def grade(suite: Suite, completions: Sequence[Completion], rewards: mix.RewardMix) -> list[ItemResult]:
+def grade(suite: Suite, completions: Sequence[Completion], rewards: Grader) -> list[ItemResult]:
     """One result per item from one completion per item, in the suite's order."""
     scores = rewards.score(completions, suite.items, score_cut=not suite.must_finish)
     results = []
@@ -249,11 +298,39 @@ def _read_settings(path: Path) -> SuiteSettings:
                 where=f"{path}:{document.line_of((key,))}",
                 remedy="Remove it.",
             )
+    if said := _opinion_fault(settings):
+        key, what, remedy = said
+        raise DataError(what, where=f"{path}:{document.line_of((key,))}", remedy=remedy)
     return settings
+
+
+def _opinion_fault(settings: SuiteSettings) -> tuple[str, str, str] | None:
+    """Key, fault and remedy where a reward model scores, and the suite would say something false of it."""
+    scorers = [entry for entry in settings.score if is_scorer_entry(entry)]
+    for entry in scorers:
+        if wrong := scorer_entry_fault(entry):
+            return "score", f"score{wrong}", ""
+    if scorers and settings.kind == "accuracy":
+        return (
+            "score",
+            "score names a reward model, and kind: accuracy would call its opinion a share of right answers.",
+            "Set kind: win_rate, which counts whose answer it scores higher, or mean_score, the mean of its scores "
+            "between 0 and 1.",
+        )
+    if scorers and not settings.must_finish:
+        return (
+            "must_finish",
+            "must_finish = false would have a reward model read answers that were cut as if they had ended.",
+            "Remove it: a cut answer counts 0.",
+        )
+    if settings.kind == "mean_score" and not scorers:
+        return "kind", "kind = mean_score is for suites that a reward model scores.", "Set kind: accuracy."
+    return None
 
 
 def _fingerprint(settings: SuiteSettings, items: Sequence[Task], path: Path, files: Sequence[str]) -> str:
     meaning = settings.model_dump(include={"kind", "score", "must_finish", "sampling"})
+    meaning["score"] = [_nameless(entry) if is_scorer_entry(entry) else entry for entry in settings.score]
     meaning |= {"files": list(files)} if files else {}
     world = chosen(settings.environment)
     if world is not None:
@@ -263,6 +340,12 @@ def _fingerprint(settings: SuiteSettings, items: Sequence[Task], path: Path, fil
         meaning["environment_file"] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
     rows = [[[m.as_dict() for m in item.prompt], item.answer, dict(item.extra)] for item in items]
     return _hash([meaning, rows])
+
+
+def _nameless(entry: str | Mapping[str, Any]) -> dict[str, Any]:
+    """How a reward model counts. Which one it is comes by its content: `judged_by`."""
+    (settings,) = scorers_of([entry])
+    return {REWARD_MODEL: settings.model_dump(exclude={"model"})}
 
 
 def _hash(meaning: Any) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from posttrain.importers import adapters, axolotl_data, rewards, templates, training
+from posttrain.importers import adapters, axolotl_data, rewards, scoring, templates, training
 from posttrain.importers.job import Job, Tables, by_reason, put_model
 from posttrain.importers.ledger import is_off, is_on
 from posttrain.recipe.yaml_lines import KeyPath
 
 METHOD_OF = {"": "sft", "dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo", "simpo": "simpo", "grpo": "grpo"}
+SCORING = ("reward_model", "process_reward_model")  # switches, and methods of the same names here
+METHOD_OF |= {name: name for name in SCORING}
+QUANTISED = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 TABLES = Tables(
     same={
         "learning_rate": "learning_rate",
@@ -19,6 +22,7 @@ TABLES = Tables(
         "cosine_min_lr_ratio": "min_lr_ratio",
         "dataset_processes": "dataset_num_proc",
         "dataset_num_proc": "dataset_num_proc",
+        "center_rewards_coefficient": "center_rewards_coefficient",
     },
     unneeded=by_reason(
         {
@@ -82,8 +86,7 @@ TABLES = Tables(
             "plain LoRA only: it is neither restarted nor pruned.": "relora relora_steps relora_warmup_steps "
             "relora_anneal_steps relora_prune_ratio relora_prune_method relora_cpu_offload lisa_n_layers "
             "lisa_step_interval lisa_layers_attribute peft",
-            "no such quantised bases are trained on.": "gptq bnb_config_kwargs qat quantization "
-            "model_quantization_config fp8",
+            "no such quantised bases are trained on.": "gptq qat quantization model_quantization_config fp8",
             "nothing stops early; see load_best_model_at_end.": "early_stopping_patience",
             "there are no plug-ins.": "plugins",
             "models are not compiled.": "torch_compile torch_compile_backend torch_compile_mode",
@@ -108,7 +111,8 @@ TABLES = Tables(
         }
     ),
     handled=frozenset(
-        "base_model rl reward_model process_reward_model datasets test_datasets pretraining_dataset val_set_size "
+        "base_model rl reward_model process_reward_model num_labels bnb_config_kwargs datasets test_datasets "
+        "pretraining_dataset val_set_size "
         "sequence_len excess_length_strategy max_prompt_len micro_batch_size gradient_accumulation_steps batch_size "
         "world_size num_epochs max_steps lr_scheduler lr_scheduler_kwargs warmup_steps warmup_ratio bf16 fp16 bfloat16 "
         "float16 float32 optimizer gradient_checkpointing eval_strategy evaluation_strategy eval_steps evals_per_epoch "
@@ -144,7 +148,10 @@ def _lengths(job: Job) -> None:
     job.not_needed("max_prompt_len", "max_length counts prompt and answer together")
     how = job.get("excess_length_strategy")
     if how is None:
-        job.add("on_overflow", "drop", "Axolotl drops longer rows")
+        scoring.overflow(job, "drop", "Axolotl drops longer rows")
+    elif how == "truncate" and scoring.makes_scores(job):
+        job.lost("excess_length_strategy", f"{scoring.NEVER_CUT}.")
+        scoring.overflow(job, "drop", "")
     else:
         job.move(("excess_length_strategy",), "on_overflow", "error" if how == "raise" else how)
     per_answer = rewards.group_size(job, ("trl",)) if job.draft.method == "grpo" else 1
@@ -167,7 +174,12 @@ def _adapter(job: Job) -> None:
     if kind not in ("", "lora", "qlora"):
         job.lost("adapter", f"there is no adapter {kind}; the recipe takes lora.")
         said = []
-    adapters.choose(job, said, on=bool(kind), four=four, eight=[("load_in_8bit",)], dora="peft_use_dora")
+    adapters.choose(
+        job, said, on=bool(kind), four=four, eight=[("load_in_8bit",)], dora="peft_use_dora", qlora=kind == "qlora"
+    )
+    section: KeyPath = ("bnb_config_kwargs",)
+    kind_at, nested, *others = ((*section, key) for key in QUANTISED)
+    adapters.quantisation(job, kind_at, nested, others)
     if is_on(job.get("lora_target_linear")) and job.draft.value("adapter", "none") != "none":
         job.move(("lora_target_linear",), "lora.target_modules", "all-linear")
         job.not_needed("lora_target_modules", "lora_target_linear names every linear layer")
@@ -226,7 +238,13 @@ def _preference(job: Job) -> None:
         job.move(("rl",), "loss_type", "ipo")
     elif rl is not None:
         job.ledger.carried(("rl",), "stages", method)
-    job.not_needed("reward_model process_reward_model", "is off")
+    for switch in SCORING:
+        if switch == method and is_on(job.get(switch)):
+            job.ledger.carried((switch,), "stages", method)
+        job.lost(switch, "one stage is imported: write the other by hand.")
+    if scoring.makes_scores(job):
+        job.not_needed("num_labels", "a score has one label")
+    job.lost("num_labels", "only reward models have labels.")
     alpha = {"orpo": "orpo_alpha"}.get(method, "rl_beta")
     for key in ("rl_beta", "dpo_beta", "orpo_alpha"):
         if not job.ledger.says(key):
@@ -235,7 +253,7 @@ def _preference(job: Job) -> None:
             job.move((key,), "beta")
         else:
             job.not_needed(key, f"{method} does not read it" if key != alpha else "another key says it")
-    if not job.draft.has("beta") and method not in ("sft", "grpo"):
+    if not job.draft.has("beta") and method not in ("sft", "grpo", *SCORING):
         if job.ledger.says("trl", "beta"):
             job.move(("trl", "beta"), "beta")
         job.add("beta", 0.1, "Axolotl's default")

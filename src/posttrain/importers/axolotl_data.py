@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from posttrain.importers import templates
+from posttrain.importers import scoring, templates
 from posttrain.importers.draft import Item, dataset_fits
 from posttrain.importers.job import Job, is_file, new_dataset, put_columns, put_dataset, put_hub_key
 from posttrain.importers.ledger import is_off, section
@@ -33,6 +33,10 @@ ALPACA_TEXT = (
     "Axolotl writes the Alpaca instructions around each row of type alpaca; here the chat template is written around "
     "it, which is what the model is asked with later."
 )
+UNTEMPLATED = (
+    "Axolotl puts the bare prompt before the steps; here the chat template is written around both, as around answers "
+    "that are scored later."
+)
 UNKNOWN_TYPE = "there is no such type: set format and columns, or write the rows as messages."
 ENTRY_LOST = {
     "input_format": "rows are read as text; segments with labels are not.",
@@ -49,6 +53,9 @@ ENTRY_LOST = {
     "logprobs_field": "there is no distillation from stored probabilities.",
     "temperature": "there is no distillation from stored probabilities.",
     "skip": "cut the file.",
+    "max_completion_length": "max_length counts prompt and answer together.",
+    "step_separator": "only process reward models have steps.",
+    "train_on_last_step_only": "only process reward models have steps.",
     "weight": "give each data set its share with limit.",
 }
 ENTRY_UNNEEDED = {
@@ -144,7 +151,13 @@ def _type(job: Job, at: KeyPath, given: dict[str, Any], entry: Entry, plain: boo
         _own_columns(job, where, kind, entry)
     elif not isinstance(kind, str):
         return
-    elif job.draft.method in ("dpo", "simpo", "orpo"):
+    elif kind == "stepwise_supervised" and job.draft.method == "process_reward_model":
+        put_dataset(job, entry, where, "format", "stepwise")
+        scoring.steps(job, (*at, "step_separator"), (*at, "train_on_last_step_only"))
+        job.note(UNTEMPLATED)
+    elif kind.startswith("bradley_terry.") and job.draft.method == "reward_model":
+        _named(job, where, entry, "preference", {"prompt": "input"})
+    elif job.draft.method in ("dpo", "simpo", "orpo", "reward_model"):
         _pairs(job, at, given, entry, kind)
     elif job.draft.method == "kto":
         columns = THUMBS.get(kind.rpartition(".")[2].partition(":")[0])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from posttrain.importers import adapters, llama_factory_data, templates, training
+from posttrain.importers import adapters, llama_factory_data, scoring, templates, training
 from posttrain.importers.job import Job, Tables, by_reason, put_model
 from posttrain.importers.ledger import is_off, is_on
 from posttrain.recipe.yaml_lines import KeyPath
 
-METHOD_OF = {"pt": "sft", "sft": "sft", "dpo": "dpo", "kto": "kto"}
+METHOD_OF = {"pt": "sft", "sft": "sft", "rm": "reward_model", "dpo": "dpo", "kto": "kto"}
 LOSS_METHODS = ("orpo", "simpo")  # values of pref_loss that are methods of their own here
 TABLES = training.TRAINER | Tables(
     same={"preprocessing_num_workers": "dataset_num_proc", "ld_alpha": "ld_alpha"},
@@ -31,8 +31,6 @@ TABLES = training.TRAINER | Tables(
             "only text models are trained": "freeze_vision_tower freeze_multi_modal_projector freeze_language_model "
             "image_max_pixels image_min_pixels video_max_pixels video_min_pixels video_fps video_maxlen "
             "audio_sampling_rate media_dir",
-            "the quantised base is 4-bit NormalFloat, quantised twice": "quantization_method quantization_type "
-            "double_quantization bnb_4bit_compute_dtype",
             "targets are the answers' own tokens": "ignore_pad_token_for_loss",
             "the paths of the data sets say it": "dataset_dir",
         }
@@ -61,7 +59,7 @@ TABLES = training.TRAINER | Tables(
             "one learning rate for all trained weights.": "loraplus_lr_embedding",
             training.ONE_PROCESS: "use_mca ray_run_name ray_storage_path ray_num_workers resources_per_worker "
             "placement_strategy",
-            "there is no PPO stage: use grpo.": "ppo_buffer_size ppo_epochs ppo_score_norm ppo_target "
+            "write the ppo stage by hand: docs/rl.md.": "ppo_buffer_size ppo_epochs ppo_score_norm ppo_target "
             "ppo_whiten_rewards reward_model reward_model_adapters reward_model_quantization_bit reward_model_type",
             "the reference is the model the stage starts from: name that as the model.": "ref_model "
             "ref_model_adapters ref_model_quantization_bit",
@@ -87,7 +85,8 @@ TABLES = training.TRAINER | Tables(
         "model_name_or_path stage finetuning_type template dataset eval_dataset cutoff_len max_samples "
         "mix_strategy interleave_probs streaming val_size train_on_prompt mask_history lora_rank lora_alpha "
         "lora_dropout lora_target additional_target use_rslora use_dora pissa_init pissa_iter loraplus_lr_ratio "
-        "create_new_adapter quantization_bit pref_beta pref_loss dpo_label_smoothing kto_chosen_weight "
+        "create_new_adapter quantization_bit quantization_method quantization_type double_quantization "
+        "bnb_4bit_compute_dtype pref_beta pref_loss dpo_label_smoothing kto_chosen_weight "
         "kto_rejected_weight simpo_gamma disable_gradient_checkpointing dataset_info.json".split()
     ),
 )
@@ -103,7 +102,7 @@ def convert(job: Job) -> None:
         job.move(("cutoff_len",), "max_length")
     else:
         job.add("max_length", 2048, "LLaMA-Factory's default")
-    job.add("on_overflow", "truncate", "LLaMA-Factory cuts longer rows")
+    scoring.overflow(job, "truncate", "LLaMA-Factory cuts longer rows")
     _adapter(job)
     packed = is_on(job.get("packing")) or is_on(job.get("neat_packing"))
     if not job.ledger.says("learning_rate"):
@@ -137,13 +136,21 @@ def _adapter(job: Job) -> None:
     job.not_needed("create_new_adapter", "a stage always trains a new adapter")
     if job.ledger.says("additional_target") and kind != "full":
         names = [name.strip() for name in str(job.get("additional_target")).split(",")]
-        job.move(("additional_target",), "lora.modules_to_save", names)
+        kept = scoring.without_heads(job, ("additional_target",), names)
+        if kept is not None:
+            job.move(("additional_target",), "lora.modules_to_save", kept)
     names_of = {"lora_rank": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "use_rslora"}
     rank = int(job.number("lora_rank", default=8) or 8)
     adapters.keys(
         job, {**names_of, "additional_target": "modules_to_save"}, {"r": 8, "alpha": 2 * rank, "dropout": 0.0}
     )
     adapters.loraplus(job, "loraplus_lr_ratio")
+    quantised = job.draft.value("adapter", "none") == "qlora"
+    if quantised and job.get("quantization_method") not in (None, "bnb", "bitsandbytes"):
+        job.lost("quantization_method", "a 4-bit base is quantised by bitsandbytes.")
+    why = "bitsandbytes quantises, here too" if quantised else "the base is not quantised to 4 bits"
+    job.not_needed([("quantization_method",)] if job.ledger.says("quantization_method") else [], why)
+    adapters.quantisation(job, ("quantization_type",), ("double_quantization",), [("bnb_4bit_compute_dtype",)])
 
 
 def _checkpointing(job: Job) -> None:
@@ -170,10 +177,9 @@ def _what_is_learnt(job: Job) -> None:
 def _preference(job: Job) -> None:
     method, loss = job.draft.method, job.get("pref_loss")
     if method not in ("dpo", "orpo", "simpo", "kto"):
-        job.not_needed(
-            "pref_beta pref_loss dpo_label_smoothing simpo_gamma pref_ftx pref_bco_weight", "sft has no pairs"
-        )
-        job.not_needed("kto_chosen_weight kto_rejected_weight ref_model ld_alpha", "sft has no pairs")
+        why = "sft has no pairs" if method == "sft" else f"{method} does not read it"
+        job.not_needed("pref_beta pref_loss dpo_label_smoothing simpo_gamma pref_ftx pref_bco_weight", why)
+        job.not_needed("kto_chosen_weight kto_rejected_weight ref_model ld_alpha", why)
         return
     beta = job.number("pref_beta", default=0.1) or 0.1
     if job.ledger.says("pref_beta"):

@@ -12,7 +12,7 @@ from posttrain.errors import RecipeError
 from posttrain.importers import axolotl, llama_factory, llama_factory_data, trl
 from posttrain.importers.draft import Draft, Item, text_of
 from posttrain.importers.job import Job, Tables, recipe_name
-from posttrain.importers.ledger import Added, Carried, Ledger, Left
+from posttrain.importers.ledger import Added, Carried, Ledger, Left, is_on
 from posttrain.recipe.faults import Fault, RecipeFaults, show
 from posttrain.recipe.yaml_lines import Document, read_yaml
 from posttrain.settings import METHODS
@@ -154,7 +154,7 @@ def _method(tool: str, document: Document, shown: str, asked: str | None) -> str
             )
         key, ours = "--method", trl.METHOD_OF.get(named)
     elif tool == "axolotl":
-        key = next((k for k in ("reward_model", "process_reward_model") if data.get(k) is True), "rl")
+        key = next((k for k in axolotl.SCORING if is_on(data.get(k))), "rl")
         named = str(data.get("rl") or "") if key == "rl" else key
         ours = axolotl.METHOD_OF.get(named)
     else:
@@ -164,7 +164,9 @@ def _method(tool: str, document: Document, shown: str, asked: str | None) -> str
             key, named, ours = "pref_loss", str(loss), str(loss)
     if ours not in METHODS:
         raise RecipeError(
-            f"{key} = {named}: there is no such stage here.",
+            f"{key} = {named}: it is not imported."
+            if named in METHODS
+            else f"{key} = {named}: there is no such stage here.",
             where=f"{shown}:{document.line_of((key,))}",
             remedy=f"Stages are {', '.join(METHODS)}.",
         )

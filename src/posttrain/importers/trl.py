@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from posttrain.importers import adapters, rewards, templates, training
+from posttrain.importers import adapters, rewards, scoring, templates, training
 from posttrain.importers.draft import Item, dataset_fits
 from posttrain.importers.job import (
     Job,
@@ -28,9 +28,11 @@ METHOD_OF = {
     "cpo": "cpo",
     "grpo": "grpo",
     "reward": "reward_model",
+    "prm": "process_reward_model",
 }
 # Keys that only one command of TRL has. The first that is there decides.
 TELLING = {
+    "prm": "step_separator train_on_last_step_only",
     "grpo": "reward_funcs num_generations max_completion_length num_iterations reward_weights",
     "kto": "desirable_weight undesirable_weight",
     "dpo": "f_divergence_type f_alpha_divergence_coef rpo_alpha ld_alpha discopop_tau use_weighting reference_free "
@@ -44,8 +46,9 @@ SAME_PREFERENCE = (
     "use_weighting precompute_ref_log_probs sync_ref_model ref_model_mixup_alpha ref_model_sync_steps "
     "desirable_weight undesirable_weight simpo_gamma cpo_alpha alpha".split()
 )
+RATES = {"sft": 2e-5, "grpo": 1e-6, "reward_model": 1e-4, "process_reward_model": 1e-5}
 TABLES = training.TRAINER | Tables(
-    same={"dataset_num_proc": "dataset_num_proc"},
+    same={"dataset_num_proc": "dataset_num_proc", "center_rewards_coefficient": "center_rewards_coefficient"},
     unneeded=by_reason(
         {
             training.NO_PADDING: "packing packing_strategy eval_packing padding_free pad_to_multiple_of "
@@ -56,7 +59,7 @@ TABLES = training.TRAINER | Tables(
             "it changes how TRL runs, not what is learnt": "ignore_bias_buffers gradient_checkpointing_use_reentrant "
             "activation_offloading use_logits_to_keep padding_side generate_during_eval use_liger_loss env "
             "sanity_check "
-            "disable_dropout bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage "
+            "disable_dropout bnb_4bit_quant_storage "
             "model_adapter_name ref_adapter_name lora_task_type num_machines machine_rank main_process_port "
             "shuffle_dataset project trackio_space_id",
             "the token that ends an answer is the template's": "eos_token",
@@ -84,7 +87,8 @@ TABLES = training.TRAINER | Tables(
         "model_name_or_path dataset_name dataset_config dataset_train_split dataset_test_split datasets "
         "dataset_text_field max_length max_seq_length completion_only_loss assistant_only_loss chat_template_path "
         "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save use_rslora use_dora "
-        "load_in_4bit load_in_8bit num_processes loss_type".split()
+        "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant num_processes loss_type step_separator "
+        "train_on_last_step_only".split()
     )
     | frozenset(SAME_PREFERENCE)
     | rewards.KEYS
@@ -110,7 +114,7 @@ def convert(job: Job) -> None:
         _length(job)
     _adapter(job)
     training.processes(job, "num_processes")
-    rate = {"sft": 2e-5, "grpo": 1e-6}.get(method, 1e-6)
+    rate = RATES.get(method, 1e-6)
     if not job.ledger.says("learning_rate"):
         job.add("learning_rate", rate, "TRL's default")
     group = rewards.group_size(job, ()) if method == "grpo" else 1
@@ -122,6 +126,8 @@ def convert(job: Job) -> None:
         rewards.grpo(job, ())
     elif method == "sft":
         _what_is_learnt(job)
+    elif scoring.makes_scores(job):
+        _scores(job)
     else:
         _preference(job)
     if job.ledger.says("chat_template_path"):
@@ -203,7 +209,7 @@ def _length(job: Job) -> None:
             job.move((key,), "max_length")
         job.not_needed(key, "max_length says it" if job.ledger.says(key) else "is empty: rows are not cut")
     job.add("max_length", 1024, "TRL's default")
-    job.add("on_overflow", "truncate", "TRL cuts longer rows")
+    scoring.overflow(job, "truncate", "TRL cuts longer rows")
 
 
 def _adapter(job: Job) -> None:
@@ -220,6 +226,7 @@ def _adapter(job: Job) -> None:
     elif on:
         job.note(adapters.PEFT_CHOICE.format(tool="TRL"))
     adapters.keys(job, names, {"r": 16, "alpha": 32, "dropout": 0.05})
+    adapters.quantisation(job, ("bnb_4bit_quant_type",), ("use_bnb_nested_quant",), [])
 
 
 def _what_is_learnt(job: Job) -> None:
@@ -243,6 +250,16 @@ def _what_is_learnt(job: Job) -> None:
     if loss in ("nll", "chunked_nll"):
         job.not_needed("loss_type", "it is the loss of sft")
     job.lost("loss_type", f"sft has one loss, the likelihood of the answers, and no {loss}.")
+
+
+def _scores(job: Job) -> None:
+    """Of reward and prm."""
+    method = job.draft.method
+    job.not_needed([(key,) for key in SAME_PREFERENCE if job.ledger.says(key)], f"{method} does not read it")
+    if method == "reward_model":
+        job.note(scoring.MARGINS)
+    else:
+        scoring.steps(job, ("step_separator",), ("train_on_last_step_only",))
 
 
 def _preference(job: Job) -> None:

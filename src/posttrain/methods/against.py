@@ -139,6 +139,8 @@ def open_reference(stage: Stage, s: ReferenceSettings) -> Against:
     else:
         loaded = stage.reference()
         refuse_other_tokens(loaded, stage.policy)
+        if moves is not None:
+            refuse_other_shape(loaded, stage.policy)
         disable_dropout(loaded.model)
         reference = Reference(loaded, still=True)
     live = Live(reference, stage.policy, moves, s.micro_batch_tokens, tail_alpha) if at_every_step else None
@@ -156,6 +158,18 @@ def refuse_other_tokens(reference: Policy, policy: Policy) -> None:
         raise ModelError(
             "the reference has another tokenizer than the model that trains, so the same token ids are other text.",
             remedy="Name a reference of the same family: sft, parent, or a registered NAME@VERSION.",
+        )
+
+
+def refuse_other_shape(reference: Policy, policy: Policy) -> None:
+    """Weights can be mixed only with weights of the same names and shapes."""
+    theirs = {name: tensor.shape for name, tensor in reference.model.state_dict().items()}
+    ours = {name: tensor.shape for name, tensor in policy.model.state_dict().items()}
+    if odd := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
+        raise ModelError(
+            "sync_ref_model mixes the policy's weights into the reference's, and the reference is of another shape: "
+            f"{odd[0]} differs.",
+            remedy="Name a reference of the model's own shape, or remove sync_ref_model.",
         )
 
 

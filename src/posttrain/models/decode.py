@@ -107,9 +107,7 @@ class Decoder:
             x_TD = self._step(layer, x_TD, turn_T1E, attends, keep_K if layer is self.layers[-1] else None)
         return self.head(x_TD * _rate(x_TD, self.last))
 
-    def _step(
-        self, layer: Ready, x_TD: Tensor, turn_T1E: Tensor, attends: Attends, keep_K: Tensor | None
-    ) -> Tensor:
+    def _step(self, layer: Ready, x_TD: Tensor, turn_T1E: Tensor, attends: Attends, keep_K: Tensor | None) -> Tensor:
         n_turned = self.straight.n_heads + self.straight.n_kv
         heads = layer.qkv(x_TD * _rate(x_TD, layer.before)).view(len(x_TD), n_turned + self.straight.n_kv, -1)
         if layer.qk_weight is not None and layer.qk_eps is not None:

@@ -17,6 +17,7 @@ from posttrain.models.load import LoadOptions, load_policy
 from posttrain.models.policy import Policy
 from posttrain.registry.artefact import refuse_other_template
 from posttrain.reporting import Reporter
+from posttrain.rollout.judges import OpenScorer
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Answers:
     template: str | None
     reporter: Reporter
     dtype: str  # the recipe's: other arithmetic may answer otherwise
+    open_scorer: OpenScorer | None = None  # of the suite's reward models, whose content is in its fingerprint
 
     def of(self, source: str, weights: str, label: str, options: LoadOptions) -> list[ItemResult]:
         """The graded answers of the model at `source`; it is loaded only when it was never asked."""
@@ -43,7 +45,7 @@ class Answers:
         path = self._path(weights)
         if path.exists():
             return read_answers(path)
-        results = answer_suite(policy, renderer, self.suite, label, self.reporter)
+        results = answer_suite(policy, renderer, self.suite, label, self.reporter, open_scorer=self.open_scorer)
         if all(r.value is not None for r in results):
             write_answers(path, results)
         return results

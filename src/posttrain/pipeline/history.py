@@ -13,6 +13,7 @@ from posttrain.gate.ahead import prove_scores, read_ahead
 from posttrain.models.quantised import NOT_QLORA, QLORA, bitsandbytes
 from posttrain.pipeline.identity import Parent, base_parent, template_of
 from posttrain.pipeline.making import makes_data
+from posttrain.pipeline.opinions import prove_ahead
 from posttrain.pipeline.scoring import is_scoring
 from posttrain.pipeline.stage import Run, StageOutcome, run_stage
 from posttrain.recipe import Recipe, Stage, diff
@@ -47,6 +48,7 @@ def run(recipe: Recipe, home: Path, reporter: Reporter, on_outcome: OnOutcome | 
     suites = read_ahead(recipe)
     for doubt in prove_scores(suites):
         reporter.line(f"warning: {doubt}")
+    prove_ahead(recipe, suites, home, reporter)
     r = Run(recipe, home, reporter, ModelStore(home), template_of(recipe), suites)
     with only_one(r.directory):
         _tell_changes(r)

@@ -20,7 +20,7 @@ from posttrain.registry.manifest import BaseRef
 from posttrain.registry.store import ModelStore, lineage_of
 from posttrain.rewards import user
 from posttrain.seeds import derive_seed
-from posttrain.settings import TEACHES_ANSWERS
+from posttrain.settings import TEACHES_ANSWERS, StageSettings
 from posttrain.settings.environment import chosen
 
 # Files of a base model that decide what it says: weights, shape, tokenizer and template.
@@ -115,6 +115,13 @@ def base_hash(source: str) -> str:
 def file_hash(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def with_files(s: StageSettings, recipe: Recipe) -> StageSettings:
+    """The user's own rewards by absolute paths: a method does not know where the recipe lies."""
+    rewards = getattr(s, "rewards", [])
+    found = user.located(rewards, recipe.resolve)
+    return s if found == rewards else s.model_copy(update={"rewards": found})
 
 
 def template_of(recipe: Recipe) -> str | None:

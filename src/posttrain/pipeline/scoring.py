@@ -20,9 +20,10 @@ from posttrain.records import ArtefactRef, GateReport
 from posttrain.registry.artefact import is_artefact, load_ref
 from posttrain.registry.manifest import BaseRef
 from posttrain.reporting import Reporter
-from posttrain.rollout.judges import OpenScorer, scorer_settings
+from posttrain.rollout.judges import OpenScorer
 from posttrain.rollout.scorer import Scorer, open_scorer
 from posttrain.settings import SCORES_ANSWERS, ScorerSettings
+from posttrain.settings.reward import scorers_of
 
 READS = {"reward_model": ANSWER, "process_reward_model": STEPS}
 SUFFIX = {"reward_model": "-reward", "process_reward_model": "-process-reward"}
@@ -57,23 +58,23 @@ def reward_models(recipe: Recipe, stage: Stage, home: Path, made: Mapping[str, A
     """The reward models among a stage's rewards by the name the recipe gives them. `made`: those of this run's stages
     so far that were accepted, by stage key."""
     found = {}
-    for settings in scorer_settings(getattr(stage.settings, "rewards", ())):
+    for settings in scorers_of(getattr(stage.settings, "rewards", ())):
         try:
-            found[settings.model] = _reward_model(settings.model, recipe, home, made)
+            found[settings.model] = reward_model(settings.model, recipe, home, made)
         except PosttrainError as e:
             e.locate(f"{recipe.path}: {stage.key}.rewards")
             raise
     return found
 
 
-def _reward_model(name: str, recipe: Recipe, home: Path, made: Mapping[str, ArtefactRef]) -> RewardModel:
+def reward_model(name: str, recipe: Recipe, home: Path, made: Mapping[str, ArtefactRef]) -> RewardModel:
     stages = [s for s in recipe.stages if is_scoring(s) and name in (s.key, s.method)]
     if stages:
         ref = next((made[s.key] for s in reversed(stages) if s.key in made), None)
         if ref is None:
             raise RecipeError(
                 f"the reward model of {stages[-1].key} was not accepted by its gate, so nothing may be trained "
-                "against it.",
+                "against it, or judged by it.",
                 remedy="Mend that stage, or name another reward model.",
             )
         return RewardModel(ref.path, str(ref), ref.fingerprint)

@@ -26,15 +26,15 @@ from posttrain.models.value import save_scorer, saved_scorer_differs
 from posttrain.pipeline import making, scoring
 from posttrain.pipeline.answers import Answers
 from posttrain.pipeline.held_out import held_out
-from posttrain.pipeline.identity import Parent, reference_of, stage_fingerprint, stage_seed
+from posttrain.pipeline.identity import Parent, reference_of, stage_fingerprint, stage_seed, with_files
+from posttrain.pipeline.opinions import Panel, panel_of, warnings
 from posttrain.recipe import Recipe, Stage, fingerprint
-from posttrain.records import ArtefactRef, GateReport
+from posttrain.records import ArtefactRef, GateReport, Opinion
 from posttrain.registry.artefact import attach_gate, load_ref, save_artefact
 from posttrain.registry.files import writing
 from posttrain.registry.manifest import DataFile, Manifest, SourceRows, current_versions, now_utc, read_manifest
 from posttrain.registry.store import CANDIDATE, ModelStore
 from posttrain.reporting import Reporter, duration
-from posttrain.rewards import user
 from posttrain.seeds import derive_seed
 from posttrain.settings import TEACHES_ANSWERS, StageSettings
 from posttrain.train.guard import HEALTH
@@ -79,11 +79,15 @@ class StageRun:
     run: Run
     stage: Stage
     parent: Parent
-    suite: Suite | None
+    panel: Panel  # the gate's suite and the reward models that score it
     seed: int
     meaning: str
     reference: Parent  # what log-ratios are measured against; most often the parent
     reward_models: Mapping[str, scoring.RewardModel] = field(default_factory=dict)  # by the name the recipe gives them
+
+    @property
+    def suite(self) -> Suite | None:
+        return self.panel.suite
 
     @property
     def key(self) -> str:
@@ -123,7 +127,12 @@ class StageRun:
         self.run.reporter.line(f"{self.key}: {text}")
 
     def answers(self, suite: Suite) -> Answers:
-        return Answers(self.run.home, suite, self.run.template, self.run.reporter, self.settings.dtype)
+        r = self.run
+        return Answers(r.home, suite, r.template, r.reporter, self.settings.dtype, self.panel.opener)
+
+    def opinions(self, **sides: Parent) -> tuple[Opinion, ...]:
+        """Of the reward models that score the suite."""
+        return self.panel.opinions(self.run.home, self.run.reporter, sides, self.reward_models.values())
 
 
 def load_options(s: StageSettings) -> LoadOptions:
@@ -137,13 +146,13 @@ def run_stage(r: Run, stage: Stage, parent: Parent, attempt: int) -> tuple[Stage
     _refuse_without_sft(stage, parent)
     started = time.monotonic()
     stage = making.with_data_of_stages(stage, r.made, r.recipe.stages)
-    suite = r.suites.get(stage.key)
+    panel = panel_of(r.suites.get(stage.key), r.recipe, r.home, r.scorers, stage.settings.dtype)
     seed = stage_seed(r.recipe, stage, attempt)
     reference = reference_of(r.recipe, stage, parent, r.home)
     models = scoring.reward_models(r.recipe, stage, r.home, r.scorers)
-    prints = [model.fingerprint for model in models.values()]
-    meaning = stage_fingerprint(r.recipe, stage, parent, suite, r.template, seed, reference, prints)
-    sr = StageRun(r, stage, parent, suite, seed, meaning, reference, models)
+    paid_by = [model.fingerprint for model in models.values()]
+    meaning = stage_fingerprint(r.recipe, stage, parent, panel.suite, r.template, seed, reference, paid_by)
+    sr = StageRun(r, stage, parent, panel, seed, meaning, reference, models)
     if making.makes_data(stage):
         r.made[stage.key] = _make_data(sr)
         return StageOutcome(stage.key, r.made[stage.key], None, True, None, time.monotonic() - started), parent
@@ -209,6 +218,7 @@ def _train_and_save(sr: StageRun) -> None:
     with writing(sr.place.directory):
         sr.place.directory.mkdir(parents=True, exist_ok=True)
     sr.say(f"starts from {sr.parent.ref}")
+    sr.opinions(parent=sr.parent)  # a judge that proves nothing must not cost the training
     policy = load_policy(sr.parent.source, replace(sr.options, quantised=s.adapter == "qlora"))
     renderer = _renderer(sr, policy)
     _refuse_other_template(sr.parent, renderer)
@@ -236,7 +246,7 @@ def _train_and_save(sr: StageRun) -> None:
         home=sr.run.home,
         open_scorer=scoring.opener(sr.reward_models, s.dtype),
     )
-    result = METHODS[sr.stage.method](method, _with_files(s, recipe))
+    result = METHODS[sr.stage.method](method, with_files(s, recipe))
 
     found = scoring.figures(policy, renderer, sr.suite, sr.key, sr.run.reporter) if scores else {}
 
@@ -251,13 +261,6 @@ def _train_and_save(sr: StageRun) -> None:
 
     save_artefact(sr.artefact, _manifest(sr, renderer, result, found), save, sr.place.metrics)
     sr.say(f"{result.trained.steps} steps in {duration(result.trained.seconds)}, saved as {sr.version}")
-
-
-def _with_files(s: StageSettings, recipe: Recipe) -> StageSettings:
-    """The user's own rewards by absolute paths: a method does not know where the recipe lies."""
-    rewards = getattr(s, "rewards", [])
-    found = user.located(rewards, recipe.resolve)
-    return s if found == rewards else s.model_copy(update={"rewards": found})
 
 
 def _reference_loader(sr: StageRun) -> Callable[[], Policy] | None:
@@ -347,6 +350,8 @@ def _verdict(sr: StageRun, ref: ArtefactRef) -> GateReport | None:
         report = _judge(sr, ref, sr.suite)
         attach_gate(sr.artefact, report)
     sr.say(gate_line(report))
+    for warning in warnings(report.opinions):
+        sr.say(f"warning: {warning}")
     return report
 
 
@@ -363,7 +368,8 @@ def _judge(sr: StageRun, child: ArtefactRef, suite: Suite) -> GateReport:
     after = answers.of(child.path, child.fingerprint, child.version, sr.options)
     write_answers(sr.place.directory / "answers.jsonl", after)
     seconds = round(time.monotonic() - began, 2)
-    return judge(suite, before, after, sr.settings.gate, seconds, str(sr.parent.ref), child.version)
+    report = judge(suite, before, after, sr.settings.gate, seconds, str(sr.parent.ref), child.version)
+    return replace(report, opinions=sr.opinions(parent=sr.parent, child=Parent(child.path, child, True)))
 
 
 def _register(sr: StageRun, ref: ArtefactRef, report: GateReport | None) -> int | None:

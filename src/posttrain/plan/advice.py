@@ -2,21 +2,22 @@
 
 The tree: start from a model that already follows instructions. Facts that change belong into retrieval. Demonstrations
 teach tone and format (SFT). Comparisons teach consistent quality (DPO; KTO from thumbs, IPO where labels are noisy,
-ORPO for one stage, SimPO where memory is short). Reinforcement learning comes last: it wants a reward that cannot be
-argued with, and compute to sample for it.
+ORPO for one stage, SimPO where memory is short). What a stronger model can do already is copied from it before anything
+is searched for (distillation). Reinforcement learning comes last: it wants a reward that cannot be argued with, and
+compute to sample for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from posttrain.settings import METHODS
 
-Have = Literal["pairs", "thumbs", "demonstrations", "checker", "steps", "nothing"]
+Have = Literal["pairs", "thumbs", "demonstrations", "checker", "steps", "teacher", "nothing"]
 Goal = Literal["tone", "format", "quality", "reasoning", "safety", "knowledge"]
-HAVE: tuple[Have, ...] = ("pairs", "thumbs", "demonstrations", "checker", "steps", "nothing")
+HAVE: tuple[Have, ...] = ("pairs", "thumbs", "demonstrations", "checker", "steps", "teacher", "nothing")
 GOALS: tuple[Goal, ...] = ("tone", "format", "quality", "reasoning", "safety", "knowledge")
 
 
@@ -186,11 +187,19 @@ CHOICES: dict[str, Choice] = {
         "distill",
         "a smaller model that should answer as a larger one of the same tokenizer does",
         "data/tasks.jsonl",
-        "prompts, and the teacher",
-        "one answer to a prompt is sampled, and the teacher reads it",
+        "prompts of the kind it will be asked, without answers, and the teacher",
+        "one answer to a prompt is sampled, and the teacher reads it: its weights lie in memory beside the model's",
         {"teacher": "Qwen/Qwen3-8B"},
     ),
 }
+
+
+COPY = (
+    "A stronger model is there: it says at every token of the student's own answers what it would have said, where a "
+    "label or a reward is one number for a whole answer."
+)
+OTHER_TOKENIZER = "That needs one tokenizer for both; a teacher with another one writes demonstrations for SFT instead."
+LET_IT_WRITE = "Let the teacher answer some thousands of prompts, and keep what a check, or you, find right."
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,15 +230,20 @@ def recommend(s: Situation) -> Recommendation:
     if s.goal == "knowledge":
         return _knowledge(s, reasons)
     main, why = _main(s)
+    if "teacher" in s.have:
+        return _with_teacher(s, reasons, main, why)
     if main is None:
         return Recommendation(
             ("sft",),
             (*reasons, why),
             "Write some hundreds of demonstrations, or collect thumbs from use; then ask again.",
         )
-    stages = [main]
-    reasons.append(why)
-    if CHOICES[main].method not in ("sft", "orpo") and (s.base_model or _format_first(s)):
+    return _with_form(s, [*reasons, why], [main])
+
+
+def _with_form(s: Situation, reasons: list[str], stages: list[str]) -> Recommendation:
+    """SFT before the stages, where a form must be learnt first."""
+    if CHOICES[stages[0]].method not in ("sft", "orpo") and (s.base_model or _format_first(s)):
         stages.insert(0, "sft")
         reasons.append(
             "SFT comes first: a base model does not answer yet."
@@ -238,8 +252,32 @@ def recommend(s: Situation) -> Recommendation:
         )
     collect = ""
     if s.base_model and "sft" in stages and "demonstrations" not in s.have:
-        collect = "Write some hundreds of demonstrations for the SFT stage, or start from an instruct model without it."
+        who = "Let the teacher write" if "teacher" in s.have else "Write"
+        collect = f"{who} some hundreds of demonstrations for SFT, or start from an instruct model without it."
     return Recommendation(tuple(stages), tuple(reasons), collect)
+
+
+def _with_teacher(s: Situation, reasons: list[str], main: str | None, why: str) -> Recommendation:
+    """A stronger model is there. `main` and `why`: what the rest of the situation asks for."""
+    alone = main is None or main == "process_reward_model"  # nothing else makes the model itself better
+    if s.goal in ("tone", "format") or s.memory_tight:
+        hinders = (
+            f"A teacher passes on its own {s.goal}; asked for the one you want, it can write demonstrations of it."
+            if s.goal in ("tone", "format")
+            else "Distillation holds the teacher in memory beside the model; SFT learns from answers it wrote before."
+        )
+        if alone:
+            return Recommendation(("sft",), (*reasons, hinders), LET_IT_WRITE)
+        assert main is not None
+        return _with_form(s, [*reasons, why, hinders], [main])
+    reasons = [*reasons, COPY, OTHER_TOKENIZER]
+    if alone or main == "sft":
+        return _with_form(s, reasons, ["distill"])
+    if main == "orpo":  # which would teach to answer as well
+        main, why = _of_pairs(replace(s, base_model=False))
+    assert main is not None
+    beyond = f"A student stops at its teacher. What goes on from there: {why}"
+    return _with_form(s, [*reasons, beyond], ["distill", main])
 
 
 def _knowledge(s: Situation, reasons: list[str]) -> Recommendation:

@@ -43,9 +43,9 @@ from posttrain.recipe import Recipe, Stage, load_recipe
 from posttrain.records import Request as SampleRequest
 from posttrain.records import Sampling, Tree
 from posttrain.reporting import Reporter
-from posttrain.rollout.judges import scorer_settings
 from posttrain.seeds import derive_seed
 from posttrain.settings import StageSettings
+from posttrain.settings.reward import scorers_of
 from posttrain.train import loop
 from posttrain.train.loop import Place, Trained, micro_batches
 from posttrain.train.metrics import read_metrics
@@ -284,7 +284,7 @@ def measure(recipe: Recipe, stage: Stage, home: Path, watch: Watch, folder: Path
 
 
 def _reward_models(recipe: Recipe, stage: Stage, home: Path) -> dict[str, scoring.RewardModel]:
-    for scorer in scorer_settings(getattr(stage.settings, "rewards", ())):
+    for scorer in scorers_of(getattr(stage.settings, "rewards", ())):
         if any(scorer.model in (other.key, other.method) for other in recipe.stages):
             raise RecipeError(
                 f"{stage.key} is rewarded by {scorer.model}, which this recipe still has to train, so it cannot be "

@@ -20,9 +20,9 @@ from posttrain.plan.rows import Answers, Rows, assumed_rows, items_per_step, row
 from posttrain.plan.shape import Shape, read_shape
 from posttrain.plan.target import Target
 from posttrain.recipe import Recipe, Stage
-from posttrain.rollout.judges import scorer_settings
 from posttrain.settings import TEACHES_ANSWERS, DistillSettings, GRPOSettings, PPOSettings, StageSettings
 from posttrain.settings.preference import PreferenceSettings, ReferenceSettings
+from posttrain.settings.reward import Entries, scorers_of
 
 CHARACTERS_PER_TOKEN = 4  # assumed of a suite's prompts where there is no tokenizer
 
@@ -109,7 +109,8 @@ def plan_stage(facts: Facts, stage: Stage, rows: Rows | None = None) -> StagePla
         facts.target,
         other_reference=_other_reference(facts.recipe, stage),
         suite=_asking(suite, facts.renderer) if suite is not None and suite.items else None,
-        judges=_judges(facts, stage),
+        judges=_judges(facts, stage, getattr(s, "rewards", ())),
+        suite_judges=_judges(facts, stage, suite.score if suite is not None else ()),
         scorer=_scorer(facts, stage),
         teacher=_teacher(facts, stage),
     )
@@ -133,11 +134,10 @@ def _other_reference(recipe: Recipe, stage: Stage) -> bool:
     return wanted != "parent"
 
 
-def _judges(facts: Facts, stage: Stage) -> int:
-    """Bytes of the reward models among a stage's rewards."""
+def _judges(facts: Facts, stage: Stage, rewards: Entries) -> int:
+    """Bytes of the reward models among a stage's rewards, or its suite's."""
     element = setup_of(stage.training, facts.target.device).compute.itemsize
-    settings = scorer_settings(getattr(stage.settings, "rewards", ()))
-    return sum(_shape_of(facts, scorer.model).n_params * element for scorer in settings)
+    return sum(_shape_of(facts, scorer.model).n_params * element for scorer in scorers_of(rewards))
 
 
 def _shape_of(facts: Facts, model: str) -> Shape:
@@ -151,7 +151,7 @@ def _scorer(facts: Facts, stage: Stage) -> Shape | None:
     s = stage.settings
     if not isinstance(s, PPOSettings) or s.critic == "shared" or s.critic_init == "policy":
         return None
-    return _shape_of(facts, scorer_settings(s.rewards)[0].model)
+    return _shape_of(facts, scorers_of(s.rewards)[0].model)
 
 
 def _teacher(facts: Facts, stage: Stage) -> Shape | None:

@@ -92,11 +92,13 @@ def hold(
     other_reference: bool = False,
     suite: Asking | None = None,
     judges: int = 0,
+    suite_judges: int = 0,
     scorer: Shape | None = None,
     teacher: Shape | None = None,
 ) -> Held:
     """`other_reference`: ratios are measured against a model that is not the one the stage starts from. `suite`: what
-    the stage's gate asks. `judges`: bytes of reward models that judge the answers. `scorer`: the one among them that
+    the stage's gate asks. `judges`: bytes of reward models that judge the answers, `suite_judges` of those that score
+    the suite. `scorer`: the one among them that
     PPO's critic starts from. `teacher`: of distillation."""
     setup = setup_of(s, target.device)
     counts = count(shape, setup)
@@ -131,6 +133,8 @@ def hold(
     if suite is not None:
         judged = {"process": target.overhead, "weights": _frozen(shape, setup)}
         phases.append(Phase("gate", judged | sampling_parts(shape, setup, target, suite)))
+        if suite_judges:
+            phases.append(Phase("gate: reward models", judged | {"reward models": suite_judges}))
     return Held(counts, tuple(phases), training, setup, critic)
 
 

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from posttrain.recipe.faults import show
+from posttrain.settings import SCORES_ANSWERS
 
 if TYPE_CHECKING:
     from posttrain.recipe.rules import StageView
+
+OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", "output_layer"})  # as transformers' decoders call it
 
 
 def _unread_lora(stage: StageView) -> str | None:
@@ -36,7 +39,24 @@ def _impossible_lora(stage: StageView) -> str | None:
     return None
 
 
+def _head_of_a_scorer(stage: StageView) -> str | None:
+    """The score is new and trains in full; the output layer it takes the place of is not there any more."""
+    if stage.method not in SCORES_ANSWERS:
+        return None
+    for name in stage.settings.lora.modules_to_save:
+        last = name.rpartition(".")[2]
+        if last == "score":
+            return ".modules_to_save names score, which trains in full anyway. Remove it."
+        if last in OUTPUT_LAYERS:
+            return (
+                f".modules_to_save names {name}, the output layer, which gives way to the score: what it learnt would "
+                "be thrown away. Remove it."
+            )
+    return None
+
+
 ADAPTER_RULES: tuple[tuple[str, tuple[str, ...], Callable[[StageView], str | None]], ...] = (
     ("lora", ("adapter",), _unread_lora),
     ("lora", ("adapter",), _impossible_lora),
+    ("lora", ("adapter",), _head_of_a_scorer),
 )

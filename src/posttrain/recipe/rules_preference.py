@@ -78,7 +78,10 @@ def _immovable(stage: StageView) -> str | None:
     if not getattr(stage.settings, "sync_ref_model", False):
         return None
     if stage.settings.adapter != "none":
-        return " moves the reference's weights, but with an adapter those are the frozen base. Use adapter: none."
+        return (
+            " moves the reference's weights, but with an adapter those are the frozen base, and a mixture of two "
+            "adapters' factors is no mixture of their weights. Use adapter: none."
+        )
     if stage.says("precompute_ref_log_probs") and getattr(stage.settings, "precompute_ref_log_probs", False):
         return " changes the reference's answers, so they cannot be precomputed. Remove precompute_ref_log_probs."
     return None

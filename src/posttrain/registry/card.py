@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from posttrain.records import ArtefactRef, GateReport, Measured
+from posttrain.records import ArtefactRef, GateReport, Measured, Opinion
 from posttrain.registry.manifest import Manifest
 from posttrain.settings import SCORES_ANSWERS
 
@@ -17,7 +17,8 @@ def verdict(gate: GateReport | None) -> str:
         return "not judged"
     low, high = 100 * gate.gain_interval.low, 100 * gate.gain_interval.high
     measured = f"{gate.suite} {_percent(gate.before)} → {_percent(gate.after)}, gain [{low:+.1f}, {high:+.1f}] points"
-    return f"{'passed' if gate.passed else 'refused'}: {measured}"
+    opinion = " (a model's opinion)" if gate.opinions else ""
+    return f"{'passed' if gate.passed else 'refused'}: {measured}{opinion}"
 
 
 def render_card(manifest: Manifest, *, is_adapter: bool) -> str:
@@ -68,7 +69,8 @@ def _gate(gate: GateReport | None) -> str:
         "",
         f"Verdict: **{'passed' if gate.passed else 'refused'}** on the held-out suite `{gate.suite}` ({gate.kind}).",
         "",
-        "| | score | right / items | 95 % interval |",
+        *(line for opinion in gate.opinions for line in (*_opinion(opinion), "")),
+        f"| | score | {'sum of scores' if gate.opinions else 'right'} / items | 95 % interval |",
         "|---|---|---|---|",
         _row(gate.parent_version if gate.kind == "pairs" else f"parent {gate.parent_version}", gate.before),
         _row(f"this model {gate.child_version}", gate.after),
@@ -78,6 +80,13 @@ def _gate(gate: GateReport | None) -> str:
         *(f"- {reason}" for reason in gate.reasons),
     ]
     return "\n".join(lines)
+
+
+def _opinion(opinion: Opinion) -> list[str]:
+    """No number below it is a share of right answers."""
+    said = f"Scored by a model, so this is its opinion and no check: `{opinion.model}`, `{opinion.fingerprint}`."
+    shown = f" Before, {opinion.shown}." if opinion.shown else ""
+    return [said + shown, *(f"- Doubt: {doubt}" for doubt in opinion.doubts)]
 
 
 def _row(label: str, measured: Measured) -> str:

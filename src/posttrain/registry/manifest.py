@@ -124,6 +124,8 @@ def read_manifest(directory: Path) -> Manifest:
 
 def from_json(raw: Any) -> Manifest:
     """Build a manifest, refusing missing, unknown and ill-typed keys at every depth with a ValueError."""
+    if isinstance(raw, dict) and isinstance(raw.get("gate"), dict):  # earlier versions knew no opinions
+        raw = raw | {"gate": {"opinions": []} | raw["gate"]}
     try:
         manifest = TypeAdapter(Manifest).validate_python(raw)
     except ValidationError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from posttrain.records import Completion, Outcome, Score, Status, Task
 from posttrain.rewards import mix
@@ -13,7 +13,7 @@ from posttrain.rewards.proof import prove, unproven
 from posttrain.rewards.sandbox.level import Level
 from posttrain.rollout.scorer import Answer, Scorer, Verdict
 from posttrain.settings import ScorerSettings
-from posttrain.settings.reward import REWARD_MODEL, Entries, checkers_of, is_scorer_entry
+from posttrain.settings.reward import REWARD_MODEL, Entries, checkers_of, scorers_of
 
 OpenScorer = Callable[[ScorerSettings], Scorer]
 
@@ -104,17 +104,12 @@ class Judges:
 def open_judges(rewards: Entries, open_scorer: OpenScorer | None) -> Judges:
     """The rewards of a recipe; `open_scorer` loads the reward models among them."""
     models: list[ModelPart] = []
-    for settings in scorer_settings(rewards):
+    for settings in scorers_of(rewards):
         assert open_scorer is not None, "nobody said where reward models are"
         label = REWARD_MODEL if not models else f"{REWARD_MODEL}-{len(models) + 1}"
         models.append(ModelPart(label, open_scorer(settings), settings.weight))
     checkers = checkers_of(rewards)
     return Judges(mix.build(checkers, alone=not models) if checkers or not models else None, tuple(models))
-
-
-def scorer_settings(rewards: Entries) -> list[ScorerSettings]:
-    entries: list[Any] = [entry for entry in rewards if is_scorer_entry(entry)]
-    return [ScorerSettings.model_validate(entry[REWARD_MODEL]) for entry in entries]
 
 
 def _unchecked(completion: Completion, score_cut: bool) -> MixScore:

@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 
 from posttrain.data.render import STEP_END, Renderer
-from posttrain.errors import DataError, PosttrainError
+from posttrain.errors import DataError, ModelError, PosttrainError
 from posttrain.losses.reward import STEP_AGGREGATES
 from posttrain.models.load import LoadOptions
 from posttrain.models.policy import Policy
@@ -139,8 +139,21 @@ def open_scorer(
 ) -> Scorer:
     """Load a reward model to be asked; `template` None: its own."""
     model = load_scorer(source, LoadOptions(dtype, frozen_base=True))
+    _refuse_other_tokenizer(model, source)
     model.model.requires_grad_(False)
     return Scorer(model, Renderer(model.tokenizer, template), label, aggregate)
+
+
+def _refuse_other_tokenizer(model: Policy, source: str) -> None:
+    """A tokenizer that was put beside weights of another; one of the same size shows only in what it scores."""
+    n_tokens = max(model.tokenizer.get_vocab().values()) + 1
+    n_known = model.model.get_input_embeddings().weight.shape[0]
+    if n_tokens > n_known:
+        raise ModelError(
+            f"the tokenizer beside the reward model has {n_tokens:,} tokens, and the model knows {n_known:,}.",
+            where=source,
+            remedy="It is another model's: put back the tokenizer that it was trained with.",
+        )
 
 
 def _logit(verdict: Verdict) -> float:

@@ -58,6 +58,12 @@ def is_scorer_entry(entry: str | Mapping[str, Any]) -> bool:
     return entry == REWARD_MODEL or (isinstance(entry, Mapping) and REWARD_MODEL in entry)
 
 
+def scorers_of(rewards: Entries) -> list[ScorerSettings]:
+    """The reward models among the rewards; every entry must be sound."""
+    entries: list[Any] = [entry for entry in rewards if is_scorer_entry(entry)]
+    return [ScorerSettings.model_validate(entry[REWARD_MODEL]) for entry in entries]
+
+
 def checkers_of(rewards: Entries) -> list[str | Mapping[str, Any]]:
     """The rewards that no model computes."""
     return [entry for entry in rewards if not is_scorer_entry(entry)]
