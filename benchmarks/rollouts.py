@@ -142,8 +142,8 @@ model, ids, answers, n_new, eos = sys.argv[1], json.loads(sys.argv[2]), *map(int
 llm = LLM(model=model, dtype="float32", max_model_len=1024, enforce_eager=True, disable_log_stats=True)
 print(json.dumps({"ready": True}), flush=True)
 for line in sys.stdin:
-    how = SamplingParams(n=answers, temperature=1.0, max_tokens=n_new, stop_token_ids=[eos], detokenize=False,
-                         seed=int(line))
+    # No seed of its own for each answer: vLLM 0.32 then rewinds a generator in a way torch's for CPUs does not have.
+    how = SamplingParams(n=answers, temperature=1.0, max_tokens=n_new, stop_token_ids=[eos], detokenize=False)
     found = llm.generate([TokensPrompt(prompt_token_ids=p) for p in ids], how, use_tqdm=False)
     print(json.dumps({"tokens": sum(len(o.token_ids) for r in found for o in r.outputs)}), flush=True)
 """
@@ -156,7 +156,7 @@ def vllm(python: str, model: Path, questions: list[str]) -> Side:
     once = json.dumps([ids[i * ANSWERS] for i in range(PROMPTS)])
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }  # fmt: skip
     command = [python, "-c", VLLM, str(model), once, *map(str, (ANSWERS, NEW_TOKENS, tokenizer.eos_token_id))]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -168,7 +168,7 @@ def vllm(python: str, model: Path, questions: list[str]) -> Side:
         for line in said:
             if line.startswith("{"):
                 return json.loads(line)
-        raise SystemExit("vLLM ended; run its command by hand to see why")
+        raise SystemExit(f"vLLM ended ({child.wait()}); what it said is above. Its command: {command[0]} -c … {model}")
 
     read_line()
 
