@@ -1,22 +1,27 @@
 """Adapters against full fine-tuning: SFT of the packaged tiny model, held-out loss after the same steps.
 
-One JSON line per kind: the held-out loss (nats per answer token) at each learning rate tried, the best of them, how
-many parameters train, and how long a step takes relative to a full one. Every kind gets the same rows in the same
-order; rates are tried in factors of 3, because kinds differ most in the rate they want.
+    python benchmarks/adapters.py
 
-    python benchmarks/adapters.py --steps 60
+One JSON line per kind, and all of them in results/adapters.json: the held-out loss (nats per answer token) at each
+learning rate tried, the best of them, how many parameters train, and how far the curve of the training loss lies from
+that of full fine-tuning, at the same rate where both had it, and at the best rate of each: the mean distance over the
+steps, as a share of how far the loss of full fine-tuning fell. Every kind gets the same rows in the same order; rates
+are tried in factors of 3, because kinds differ most in the rate they want.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import peft
+import torch
 
 from posttrain.data.formats import read_examples
 from posttrain.data.render import Renderer
@@ -28,7 +33,9 @@ from posttrain.records import Tree
 from posttrain.reporting import Reporter
 from posttrain.settings import DatasetSettings, SFTSettings
 from posttrain.train.loop import Place, train
+from posttrain.train.metrics import read_metrics
 
+RESULTS = Path(__file__).parent / "results"
 BATCH, HELD_OUT = 16, 128
 
 
@@ -43,6 +50,8 @@ class Kind:
 FULL, ADAPTER, FAST = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)
 KINDS = (
     Kind("full", FULL),
+    # As wide as the model, so that no matrix's change is of too low a rank; embeddings train as they do without.
+    Kind("lora, full rank", FULL, "lora", {"r": 128, "dropout": 0.0, "modules_to_save": ["embed_tokens"]}),
     Kind("lora", ADAPTER, "lora", {"r": 16}),
     Kind("rslora", ADAPTER, "lora", {"r": 64, "use_rslora": True}),
     Kind("dora", ADAPTER, "dora", {"r": 16}),
@@ -54,23 +63,53 @@ KINDS = (
 )
 
 
+@dataclass(frozen=True)
+class Run:
+    rate: float
+    held_out: float  # nats per answer token
+    n_trained: int
+    curve: tuple[float, ...]  # training loss of each step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--kinds", nargs="*", default=[kind.name for kind in KINDS])
+    parser.add_argument("--out", type=Path, default=RESULTS / "adapters.json")
     asked = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    said = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    provenance = {"commit": said.stdout.strip(), "torch": torch.__version__, "peft": peft.__version__}
     trees = _rows()
-    full_seconds: float | None = None
+    full: list[Run] = []
+    lines: list[dict[str, Any]] = []
     for kind in (kind for kind in KINDS if kind.name in asked.kinds):
-        losses: dict[str, float] = {}
-        for rate in kind.rates:
-            loss, seconds, n_trained = _run(kind, rate, asked.steps, trees)
-            losses[f"{rate:g}"] = round(loss, 4)
-        full_seconds = full_seconds or seconds
-        line = {"kind": kind.name, "held_out_nll": losses, "best": min(losses.values()), "trained": n_trained}
-        line |= {"step_time_of_full": round(seconds / full_seconds, 2), "steps": asked.steps}
-        print(json.dumps(line | {"commit": commit, "machine": platform.processor() or platform.machine()}), flush=True)
+        runs = sorted((_run(kind, rate, asked.steps, trees) for rate in kind.rates), key=lambda run: run.held_out)
+        full = full or runs
+        lines.append(_line(kind, runs, full))
+        print(json.dumps({key: value for key, value in lines[-1].items() if key != "curves"}), flush=True)
+        found = {**provenance, "rows": len(trees), "steps": asked.steps, "kinds": lines}
+        asked.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
+def _line(kind: Kind, runs: list[Run], full: list[Run]) -> dict[str, Any]:
+    """`runs` and `full`: the best first."""
+    losses = {f"{run.rate:g}": round(run.held_out, 4) for run in sorted(runs, key=lambda run: run.rate)}
+    return {
+        "kind": kind.name,
+        "keys": kind.lora,
+        "held_out_nll": losses,
+        "best": {"learning_rate": runs[0].rate, "held_out_nll": round(runs[0].held_out, 4)},
+        "trained": runs[0].n_trained,
+        "from_full_at_rate": {f"{a.rate:g}": _distance(a, b) for a in runs for b in full if a.rate == b.rate},
+        "best_from_best": _distance(runs[0], full[0]),
+        "curves": {f"{run.rate:g}": [round(loss, 4) for loss in run.curve] for run in runs},
+    }
+
+
+def _distance(run: Run, full: Run) -> float:
+    """Mean distance of two curves, as a share of how far the loss of full fine-tuning fell."""
+    fell = full.curve[0] - min(full.curve)
+    return round(fmean(abs(a - b) for a, b in zip(run.curve, full.curve, strict=True)) / fell, 5)
 
 
 def _rows() -> list[Tree]:
@@ -80,8 +119,7 @@ def _rows() -> list[Tree]:
     return Renderer(policy.tokenizer).examples(rows)
 
 
-def _run(kind: Kind, rate: float, steps: int, trees: list[Tree]) -> tuple[float, float, int]:
-    """Held-out loss, seconds a step, parameters that train."""
+def _run(kind: Kind, rate: float, steps: int, trees: list[Tree]) -> Run:
     s = SFTSettings(
         datasets=[{"path": "packaged"}],
         adapter=kind.adapter,
@@ -97,10 +135,12 @@ def _run(kind: Kind, rate: float, steps: int, trees: list[Tree]) -> tuple[float,
     order = [tuple((step * BATCH + i) % len(train_on) for i in range(BATCH)) for step in range(steps)]
     objective = SFTObjective(policy, train_on, held_out, order, s.micro_batch_tokens)
     with tempfile.TemporaryDirectory() as folder:
-        trained = train(policy, objective, s, Place(Path(folder), 1, kind.name), Reporter(quiet=True))
+        place = Place(Path(folder), 1, kind.name)
+        train(policy, objective, s, place, Reporter(quiet=True))
+        curve = tuple(line["loss"] for line in read_metrics(place.metrics) if "loss" in line)
     evaluation = objective.evaluate()
     assert evaluation is not None
-    return evaluation.value, trained.seconds / steps, sum(p.numel() for p in policy.trainable().values())
+    return Run(rate, evaluation.value, sum(p.numel() for p in policy.trainable().values()), curve)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,24 @@
 """Do the preference losses learn preferences? Real pairs, a tiny model, held-out prompts.
 
-    python benchmarks/preference_study.py --data ../shared/data
+    python benchmarks/preference_study.py --data ../shared/data            # writes results/preference_study.json
+    python benchmarks/preference_study.py --data ../shared/data --tune     # writes results/preference_rates.json
 
-The packaged base model is trained by SFT on chosen answers, then by each loss from that same start. Rows are split by
-prompt; of a held-out prompt one pair counts, so that pairs are independent. A pair is ranked right when the chosen
-answer gained more log-probability on the SFT model than the rejected one: per answer, or per token where the loss works
-with token means. A model that learned nothing is right in half of them. Intervals are 95 %, Wilson's.
+The packaged base model is trained by SFT on chosen answers, then by each loss from that same start, once per seed.
+
+Prompts fall into three parts by their hash: rows to train on, a development part, and a held-out part. Learning rates
+were chosen on the development part alone (`--tune`), which is also the part that an earlier form of this study was
+tuned on; the held-out part has decided nothing. Of a development or held-out prompt one pair counts, so that pairs are
+independent.
+
+A pair is ranked right when the chosen answer gained more log-probability on the SFT model than the rejected one: per
+answer, or per token where the loss works with token means. A model that learned nothing is right in half of them.
+Intervals are 95 %: over held-out pairs, of each pair's mean over the seeds (bootstrap). Beside them stands what
+"the longer answer gained more" or "the shorter one" would have reached.
 
 The second part asks how far two losses drift in length: on pairs whose chosen answer is mostly the longer one, length-
 normalised DPO (sigmoid_norm) against DPO, by the length of answers sampled to held-out prompts before and after.
 
-One JSON line per loss, then a table. `--limit N` takes N rows per source, to try it out.
+One JSON line per loss and seed; the file has them together. `--limit N` takes N rows per source, to try it out.
 """
 
 from __future__ import annotations
@@ -21,7 +29,6 @@ import hashlib
 import json
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +36,13 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import transformers
 
 from posttrain.data.formats import read_pairs
 from posttrain.data.ledger import Bucket
 from posttrain.data.length import fit
 from posttrain.data.render import Renderer
-from posttrain.gate.stats import bootstrap_mean, paired_binary, wilson
+from posttrain.gate.stats import bootstrap_mean, paired_mean
 from posttrain.losses.pairs import PairLogps
 from posttrain.methods import dpo, kto, orpo, simpo
 from posttrain.methods.against import answers_now
@@ -45,171 +53,220 @@ from posttrain.models.load import load_policy
 from posttrain.models.policy import Policy, disable_dropout
 from posttrain.models.reference import Reference
 from posttrain.paths import ASSETS
-from posttrain.records import Pair, Request, Sampling, Status, Tree
+from posttrain.records import Interval, Pair, Request, Sampling, Status, Tree
 from posttrain.reporting import Reporter
 from posttrain.rollout.local import LocalEngine
+from posttrain.seeds import derive_seed
 from posttrain.settings import METHODS as SETTINGS
 from posttrain.settings import DatasetSettings, KTOSettings
 from posttrain.train.loop import Place, train
 from posttrain.train.metrics import read_metrics
 
+RESULTS = Path(__file__).parent / "results"
 SOURCES = {"alpaca-eval": "alpaca-eval-preferences.jsonl", "hh-harmless": "hh-harmless-test.jsonl.gz"}
-SEED = 1
-HELD_OUT_SHARE = 0.25
+DEVELOPMENT_SHARE = 0.25  # of all prompts
+HELD_OUT_SHARE = 0.35  # of the others
+SALT = b"held out"  # another cut through the prompts than that of the development part
 TRAIN_PAIRS = 400  # of each source
 MAX_PROMPT, MAX_TOKENS, MAX_WHOLE = 128, 192, 512  # tokens: of prompts, of pairs that may be cut, of answers kept whole
 COMMON: dict[str, Any] = {"per_device_train_batch_size": 16, "micro_batch_tokens": 8192, "save_steps": 10**6}
 SFT: dict[str, Any] = {**COMMON, "learning_rate": 1e-3, "num_train_epochs": 2.0, "max_length": MAX_PROMPT + MAX_WHOLE}
+PREFERENCE: dict[str, Any] = {"num_train_epochs": 2.0}
 # The model has a million parameters: it takes rates hundreds of times those of large ones.
-PREFERENCE: dict[str, Any] = {"learning_rate": 1e-4, "num_train_epochs": 2.0}
+TRIED = (3e-5, 1e-4, 3e-4)
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
-    "sigmoid": ("dpo", {}),
-    "ipo": ("dpo", {"loss_type": "ipo"}),
-    "apo_zero": ("dpo", {"loss_type": "apo_zero"}),
-    "kto": ("kto", {"per_device_train_batch_size": 32}),  # at three times this rate it pushes everything down
-    "simpo": ("simpo", {}),
-    "orpo": ("orpo", {"learning_rate": 3e-4, "beta": 1.0}),  # mostly likelihood: λ and rate at their upper ends
-    "sigmoid_norm": ("dpo", {"loss_type": "sigmoid_norm"}),
+    "sigmoid": ("dpo", {"learning_rate": 1e-4}),
+    "ipo": ("dpo", {"loss_type": "ipo", "learning_rate": 1e-4}),
+    "apo_zero": ("dpo", {"loss_type": "apo_zero", "learning_rate": 1e-4}),
+    "kto": ("kto", {"per_device_train_batch_size": 32, "learning_rate": 1e-4}),
+    "simpo": ("simpo", {"learning_rate": 1e-4}),
+    "orpo": ("orpo", {"beta": 1.0, "learning_rate": 3e-4}),  # mostly likelihood: λ at its upper end
+    "sigmoid_norm": ("dpo", {"loss_type": "sigmoid_norm", "learning_rate": 1e-4}),
 }
-PAIR_LOSSES: dict[str, Callable[[Any], PairLoss]] = {
-    "dpo": dpo.pair_loss,
-    "simpo": simpo.pair_loss,
-    "orpo": orpo.pair_loss,
-}
+PAIR_LOSSES: dict[str, Callable[[Any], PairLoss]]
+PAIR_LOSSES = {"dpo": dpo.pair_loss, "simpo": simpo.pair_loss, "orpo": orpo.pair_loss}
 PER_TOKEN = {"simpo", "orpo", "sigmoid_norm"}
 DRIFT = ("sigmoid", "sigmoid_norm")
 DRIFT_STEPS: dict[str, Any] = {"num_train_epochs": 3.0, "max_length": MAX_PROMPT + MAX_WHOLE}
+TUNING_SEED = 0
 
 
 @dataclass(frozen=True)
 class Split:
     train: list[Pair]
+    development: list[Pair]  # one a prompt
     held_out: list[Pair]  # one a prompt
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Log-probs of held-out pairs under one model, summed per answer, and how many tokens those are: (P, 2) each."""
+    """Log-probs of pairs under one model, summed per answer, and how many tokens those are: (P, 2) each."""
 
     logp: torch.Tensor
     tokens: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What a trained model does on held-out pairs, pair by pair."""
+
+    loss: str
+    seed: int
+    right: dict[str, list[bool]]  # by source: whether the chosen answer gained more
+    ranked: list[tuple[bool, bool]]  # chosen has the higher mean log-prob, before and after
+    lengths: list[tuple[int, int]]  # tokens of chosen and rejected
+
+    @property
+    def everything(self) -> list[bool]:
+        return [ok for of_source in self.right.values() for ok in of_source]
+
+
+@dataclass(frozen=True)
+class Drifted:
+    loss: str
+    seed: int
+    before: list[float]  # tokens of each sampled answer
+    after: list[float]
+    held_out: list[bool]
+    train: dict[str, float]  # pairs, and mean tokens of their answers
+
+
+@dataclass(frozen=True)
+class Study:
+    data: Mapping[str, Split]
+    base: Policy
+    renderer: Renderer
+    work: Path
+
+
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--data", type=Path, default=Path(__file__).parents[1] / "../shared/data")
+    asked.add_argument("--data", type=Path, required=True)
     asked.add_argument("--limit", type=int, default=None, help="rows per source")
     asked.add_argument("--losses", nargs="*", default=list(LOSSES), choices=list(LOSSES))
+    asked.add_argument("--seeds", nargs="*", type=int, default=[1, 2])
     asked.add_argument("--prompts", type=int, default=192, help="held-out prompts sampled for the length drift")
+    asked.add_argument("--tune", action="store_true", help="try rates on the development part instead")
+    asked.add_argument("--out", type=Path, default=RESULTS)
     given = asked.parse_args()
     base = load_policy(str(ASSETS / "tiny-base"))
     renderer = Renderer(base.tokenizer)
     data = {name: split(given.data / file, renderer, given.limit) for name, file in SOURCES.items()}
+    told = sizes(data)
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        start = after_sft(base, renderer, data, work)
-        lines = [learn(loss, start, renderer, data, work) for loss in given.losses]
-        drifts = [drift(loss, start, renderer, data["alpaca-eval"], work, given.prompts) for loss in DRIFT]
-    between(drifts[0][1], drifts[1][1])
-    table(lines, [line for line, _ in drifts])
+        study = Study(data, base, renderer, Path(folder))
+        if given.tune:
+            write(given.out / "preference_rates.json", {**told, "rates": tune(study, given.losses)})
+            return
+        judged, drifted = [], []
+        for seed in given.seeds:
+            start = after_sft(study, seed)
+            judged += [learn(loss, seed, start, study) for loss in given.losses]
+            drifted += [drift(loss, seed, start, study, given.prompts) for loss in DRIFT]
+            write(given.out / "preference_study.json", {**told, **pooled(judged, drifted)})
+
+
+def pooled(judged: Sequence[Judged], drifted: Sequence[Drifted]) -> dict[str, Any]:
+    """Over the seeds that are through."""
+    losses = list(dict.fromkeys(j.loss for j in judged))
+    plain, normalised = ([d for d in drifted if d.loss == loss] for loss in DRIFT)
+    return {
+        "seeds": sorted({j.seed for j in judged}),
+        "losses": [accuracy([j for j in judged if j.loss == loss]) for loss in losses],
+        "length_drift": [length_drift(plain), length_drift(normalised)],
+        "length_difference": difference(plain, normalised),
+    }
 
 
 def split(file: Path, renderer: Renderer, limit: int | None) -> Split:
-    """By a hash of the prompt, so that a prompt is on one side only."""
-    train, held_out, seen = [], [], set()
+    """By hashes of the prompt, so that a prompt is in one part only."""
+    found = Split([], [], [])
+    seen = set()
     for pair in read_pairs([DatasetSettings(path=str(file), limit=limit)], Path).rows:
         said = json.dumps([m.as_dict() for m in pair.prompt]).encode()
-        key = hashlib.sha256(said).digest()
         if len(renderer.prompt_ids(pair.prompt, pair.id)) > MAX_PROMPT:
             continue
-        if int.from_bytes(key[:4], "big") / 2**32 >= HELD_OUT_SHARE:
-            train.append(pair)
-        elif key not in seen:
-            held_out.append(pair)
-            seen.add(key)
-    return Split(train, held_out)
+        if _place(said) >= DEVELOPMENT_SHARE and _place(SALT + said) >= HELD_OUT_SHARE:
+            found.train.append(pair)
+        elif said not in seen:
+            (found.development if _place(said) < DEVELOPMENT_SHARE else found.held_out).append(pair)
+            seen.add(said)
+    return found
+
+
+def _place(said: bytes) -> float:
+    return int.from_bytes(hashlib.sha256(said).digest()[:4], "big") / 2**32
 
 
 def whole(pairs: Sequence[Pair], renderer: Renderer) -> list[Pair]:
     """Pairs whose answers both fit uncut."""
     trees = renderer.pairs(pairs)
-    fits = [max(len(b.token_ids) for b in tree.branches) <= MAX_WHOLE for tree in trees]
-    return [pair for pair, ok in zip(pairs, fits, strict=True) if ok]
+    longest = [max(len(b.token_ids) for b in tree.branches) for tree in trees]
+    return [pair for pair, n in zip(pairs, longest, strict=True) if n <= MAX_WHOLE]
 
 
-def after_sft(base: Policy, renderer: Renderer, data: Mapping[str, Split], work: Path) -> Policy:
-    pairs = [pair for found in data.values() for pair in whole(found.train, renderer)]
-    file = work / "sft.jsonl"
-    rows = [{"prompt": messages(pair.prompt), "completion": messages(pair.chosen)} for pair in pairs]
+def after_sft(study: Study, seed: int) -> Policy:
+    pairs = [pair for found in study.data.values() for pair in whole(found.train, study.renderer)]
+    file = study.work / f"sft-{seed}.jsonl"
+    said = ((("prompt", pair.prompt), ("completion", pair.chosen)) for pair in pairs)
+    rows = [{name: [m.as_dict() for m in messages] for name, messages in row} for row in said]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    policy = copy.deepcopy(base)
-    METHODS["sft"](stage_in(work / "sft", policy, renderer), SETTINGS["sft"](datasets=[{"path": str(file)}], **SFT))
+    policy = copy.deepcopy(study.base)
+    stage = stage_in(study.work / f"sft-{seed}", policy, study.renderer, seed)
+    METHODS["sft"](stage, SETTINGS["sft"](datasets=[{"path": str(file)}], **SFT))
     return policy
 
 
-def messages(said: Sequence[Any]) -> list[dict[str, Any]]:
-    return [message.as_dict() for message in said]
-
-
-def stage_in(place: Path, policy: Policy, renderer: Renderer) -> Stage:
-    place.mkdir(parents=True)
-    return Stage(policy, renderer, Path, Place(place, SEED, place.name), Reporter(quiet=True), ())
+def stage_in(place: Path, policy: Policy, renderer: Renderer, seed: int) -> Stage:
+    place.mkdir()
+    return Stage(policy, renderer, Path, Place(place, seed, place.name), Reporter(quiet=True), ())
 
 
 def train_on(trees: Sequence[Tree], loss: str, stage: Stage, **changes: Any) -> dict[str, Any]:
-    """Train in place; the last line of its metrics, with the seconds it took. Rows come as trees: most answers of one
-    source are cut here, which a recipe would refuse to learn endings from."""
+    """Train in place; the last line of its metrics. Rows come as trees: most answers of one source are cut here, which
+    a recipe would refuse to learn endings from."""
     method, keys = LOSSES[loss]
     s = SETTINGS[method](datasets=[{"path": "-"}], **{**COMMON, **PREFERENCE, **keys, **changes})
-    began = time.perf_counter()
     disable_dropout(stage.policy.model)
     if isinstance(s, KTOSettings):
         train(stage.policy, kto.kto_objective(stage, s, kto.rated_trees(trees, {}), []), s, stage.place, stage.reporter)
     else:
         objective = pair_objective(stage, s, PAIR_LOSSES[method](s), trees, [])
         train(stage.policy, objective, s, stage.place, stage.reporter)
-    return {**read_metrics(stage.place.metrics)[-1], "seconds": round(time.perf_counter() - began, 1)}
+    return read_metrics(stage.place.metrics)[-1]
 
 
 # --- what was learned ------------------------------------------------------------------------------------------------
 
 
-def learn(loss: str, start: Policy, renderer: Renderer, data: Mapping[str, Split], work: Path) -> dict[str, Any]:
-    policy = copy.deepcopy(start)
-    rows = [tree for found in data.values() for tree in cut(renderer.pairs(found.train[:TRAIN_PAIRS]))]
-    trained = train_on(rows, loss, stage_in(work / loss, policy, renderer), max_length=MAX_TOKENS)
+def tune(study: Study, losses: Sequence[str]) -> list[dict[str, Any]]:
+    """Accuracy on the development part at every rate tried."""
+    start, lines = after_sft(study, TUNING_SEED), []
+    for loss in losses:
+        for rate in TRIED:
+            found = learn(loss, TUNING_SEED, start, study, part="development", learning_rate=rate)
+            lines.append({"loss": loss, "learning_rate": rate, **mean_of(found.everything)})
+    return lines
+
+
+def learn(loss: str, seed: int, start: Policy, study: Study, part: str = "held_out", **changes: Any) -> Judged:
+    policy, renderer = copy.deepcopy(start), study.renderer
+    rows = [tree for found in study.data.values() for tree in cut(renderer.pairs(found.train[:TRAIN_PAIRS]))]
+    place = study.work / "-".join([loss, part, str(seed), *map(str, changes.values())])
+    trained = train_on(rows, loss, stage_in(place, policy, renderer, seed), max_length=MAX_TOKENS, **changes)
     right: dict[str, list[bool]] = {}
     ranked: list[tuple[bool, bool]] = []
-    longer: list[bool] = []
-    for source, found in data.items():
-        trees = cut(renderer.pairs(found.held_out))
+    lengths: list[tuple[int, int]] = []
+    for source, found in study.data.items():
+        trees = cut(renderer.pairs(getattr(found, part)))
         before, after = sides(start, trees), sides(policy, trees)
         right[source] = gained(before, after, per_token=loss in PER_TOKEN)
         ranked += list(zip(per_token_wins(before), per_token_wins(after), strict=True))
-        longer += (after.tokens[:, 0] > after.tokens[:, 1]).tolist()
-    everything = [ok for of_source in right.values() for ok in of_source]
-    gain = paired_binary([b for b, _ in ranked], [a for _, a in ranked])
-    line = {
-        "metric": "held-out preference accuracy",
-        "loss": loss,
-        **share(everything),
-        "by_source": {source: share(of_source) for source, of_source in right.items()},
-        "excludes_chance": share(everything)["interval"][0] > 0.5,
-        "chosen_is_longer": round(fmean(longer), 4),
-        "ranked_by_mean_logp": {
-            "before": round(fmean(b for b, _ in ranked), 4),
-            "after": round(fmean(a for _, a in ranked), 4),
-            "gain": round(gain.gain, 4),
-            "gain_interval": [round(gain.interval.low, 4), round(gain.interval.high, 4)],
-        },
-        "train_pairs": len(rows),
-        "train_accuracy_last_step": trained["reward_accuracy"],
-        "learning_rate": {**PREFERENCE, **LOSSES[loss][1]}["learning_rate"],
-        "seconds": trained["seconds"],
-        **provenance(),
-    }
-    print(json.dumps(line), flush=True)
-    return line
+        lengths += [(c, r) for c, r in after.tokens.tolist()]
+    judged = Judged(loss, seed, right, ranked, lengths)
+    told = {"loss": loss, "seed": seed, "part": part, **changes, **mean_of(judged.everything)}
+    print(json.dumps(told | {"train_pairs": len(rows), "train_accuracy": trained["reward_accuracy"]}), flush=True)
+    return judged
 
 
 def cut(trees: Sequence[Tree]) -> list[Tree]:
@@ -233,99 +290,110 @@ def per_token_wins(side: Sides) -> list[bool]:
     return (mean.chosen > mean.rejected).tolist()
 
 
-def share(right: Sequence[bool]) -> dict[str, Any]:
-    found = wilson(sum(right), len(right))
+def accuracy(runs: Sequence[Judged]) -> dict[str, Any]:
+    """Of one loss over all seeds."""
+    right = over_seeds([run.everything for run in runs])
+    before, after = (over_seeds([[pair[i] for pair in run.ranked] for run in runs]) for i in (0, 1))
+    gain = paired_mean(before, after, seed=0)
+    longer = fmean(0.5 if c == r else float(c > r) for c, r in runs[0].lengths)
+    found = mean_of(right)
     return {
-        "accuracy": round(sum(right) / len(right), 4),
-        "interval": [round(found.low, 4), round(found.high, 4)],
-        "n": len(right),
+        "loss": runs[0].loss,
+        "keys": LOSSES[runs[0].loss][1],
+        **found,
+        "excludes_chance": found["interval"][0] > 0.5,
+        "of_each_seed": [mean_of(run.everything) for run in runs],
+        "by_source": {name: mean_of(over_seeds([run.right[name] for run in runs])) for name in runs[0].right},
+        "longer_answer_is_chosen": round(longer, 4),
+        "ranked_by_mean_logp": {
+            "before": round(fmean(before), 4),
+            "after": round(fmean(after), 4),
+            "gain": round(gain.gain, 4),
+            "gain_interval": rounded(gain.interval),
+        },
     }
+
+
+def over_seeds(runs: Sequence[Sequence[float]]) -> list[float]:
+    """Each pair's mean."""
+    return [fmean(of_pair) for of_pair in zip(*runs, strict=True)]
+
+
+def mean_of(right: Sequence[float]) -> dict[str, Any]:
+    reach = bootstrap_mean(right, seed=0)
+    return {"accuracy": round(fmean(right), 4), "interval": rounded(reach), "n": len(right)}
+
+
+def rounded(interval: Interval) -> list[float]:
+    return [round(interval.low, 4), round(interval.high, 4)]
 
 
 # --- how long answers become -----------------------------------------------------------------------------------------
 
 
-def drift(
-    loss: str, start: Policy, renderer: Renderer, found: Split, work: Path, n: int
-) -> tuple[dict[str, Any], list[float]]:
-    """Lengths of answers to the same held-out prompts with the same seeds, before and after; the lengths after are
-    returned as well."""
+def drift(loss: str, seed: int, start: Policy, study: Study, n: int) -> Drifted:
+    """Lengths of answers to the same held-out prompts with the same seeds, before and after."""
+    found, renderer = study.data["alpaca-eval"], study.renderer
     trees = renderer.pairs(whole(found.train, renderer))
     policy = copy.deepcopy(start)
-    trained = train_on(trees, loss, stage_in(work / f"{loss}-drift", policy, renderer), **DRIFT_STEPS)
+    train_on(trees, loss, stage_in(study.work / f"{loss}-drift-{seed}", policy, renderer, seed), **DRIFT_STEPS)
     prompts = [renderer.prompt_ids(pair.prompt, pair.id) for pair in found.held_out[:n]]
-    before, after = (lengths(model, renderer, prompts) for model in (start, policy))
+    before, after = (lengths(model, renderer, prompts, seed) for model in (start, policy))
     held_out = renderer.pairs(whole(found.held_out, renderer))
     right = gained(sides(start, held_out), sides(policy, held_out), per_token=loss in PER_TOKEN)
-    changes = [b - a for a, b in zip(before, after, strict=True)]
-    change = bootstrap_mean(changes, SEED, bounds=(-MAX_WHOLE, MAX_WHOLE))
-    tokens = [[sum(b.scored) for b in tree.branches] for tree in trees]
-    line = {
-        "metric": "length drift",
-        "loss": loss,
+    chosen, rejected = (fmean(sum(tree.branches[i].scored) for tree in trees) for i in (0, 1))
+    trained = {"pairs": len(trees), "chosen_tokens": round(chosen, 1), "rejected_tokens": round(rejected, 1)}
+    drifted = Drifted(loss, seed, before, after, right, trained)
+    print(json.dumps(length_drift([drifted])), flush=True)
+    return drifted
+
+
+def length_drift(runs: Sequence[Drifted]) -> dict[str, Any]:
+    """Of one loss over all seeds."""
+    before, after = over_seeds([run.before for run in runs]), over_seeds([run.after for run in runs])
+    return {
+        "loss": runs[0].loss,
+        "seeds": [run.seed for run in runs],
         "tokens_before": round(fmean(before), 1),
         "tokens_after": round(fmean(after), 1),
-        "change": round(fmean(changes), 1),
-        "change_interval": [round(change.low, 1), round(change.high, 1)],
-        "prompts": len(prompts),
-        "cut_before": sum(x >= MAX_WHOLE for x in before),
-        "cut_after": sum(x >= MAX_WHOLE for x in after),
-        "held_out": share(right),
-        "train_pairs": len(trees),
-        "train_tokens_chosen": round(fmean(c for c, _ in tokens), 1),
-        "train_tokens_rejected": round(fmean(r for _, r in tokens), 1),
-        "seconds": trained["seconds"],
-        **provenance(),
+        "change": longer_by(before, after),
+        "prompts": len(before),
+        "cut": [[sum(x >= MAX_WHOLE for x in side) for side in (run.before, run.after)] for run in runs],
+        "held_out": mean_of(over_seeds([run.held_out for run in runs])),
+        "train": runs[0].train,
     }
-    print(json.dumps(line), flush=True)
-    return line, after
 
 
-def between(plain: Sequence[float], normalised: Sequence[float]) -> None:
+def difference(plain: Sequence[Drifted], normalised: Sequence[Drifted]) -> dict[str, Any]:
     """How much longer the answers of the one are than those of the other, prompt by prompt."""
-    more = [a - b for a, b in zip(plain, normalised, strict=True)]
-    reach = bootstrap_mean(more, SEED, bounds=(-MAX_WHOLE, MAX_WHOLE))
-    line = {"metric": f"tokens sampled, {DRIFT[0]} less {DRIFT[1]}", "mean": round(fmean(more), 1)}
-    line |= {"interval": [round(reach.low, 1), round(reach.high, 1)], "prompts": len(more), **provenance()}
-    print(json.dumps(line), flush=True)
+    of_plain, of_normalised = (over_seeds([run.after for run in runs]) for runs in (plain, normalised))
+    return {"longer": DRIFT[0], "than": DRIFT[1], **longer_by(of_normalised, of_plain)}
 
 
-def lengths(policy: Policy, renderer: Renderer, prompts: Sequence[tuple[int, ...]]) -> list[float]:
+def longer_by(short: Sequence[float], long: Sequence[float]) -> dict[str, Any]:
+    more = [b - a for a, b in zip(short, long, strict=True)]
+    reach = bootstrap_mean(more, seed=0, bounds=(-MAX_WHOLE, MAX_WHOLE))
+    return {"tokens": round(fmean(more), 1), "interval": [round(reach.low, 1), round(reach.high, 1)]}
+
+
+def lengths(policy: Policy, renderer: Renderer, prompts: Sequence[tuple[int, ...]], seed: int) -> list[float]:
     engine = LocalEngine(policy, renderer.answer_text)
-    requests = [Request(str(i), prompt, (SEED + i,)) for i, prompt in enumerate(prompts)]
+    requests = [Request(str(i), prompt, (derive_seed(seed, i),)) for i, prompt in enumerate(prompts)]
     sampling = Sampling(max_new_tokens=MAX_WHOLE, stop_token_ids=renderer.stop_token_ids)
     answers = [group[0] for group in engine.generate(requests, sampling)]
     assert all(answer.status is not Status.FAILED for answer in answers)
     return [float(len(answer.token_ids)) for answer in answers]
 
 
-# --- what is printed -------------------------------------------------------------------------------------------------
-
-
-def table(lines: Sequence[dict[str, Any]], drifts: Sequence[dict[str, Any]]) -> None:
-    print("\n| Loss | Held-out accuracy | By source | Ranked by mean log-prob | Seconds |\n|---|---|---|---|---|")
-    for line in lines:
-        sources = ", ".join(f"{name} {percent(found)}" for name, found in line["by_source"].items())
-        ranked = line["ranked_by_mean_logp"]
-        low, high = ranked["gain_interval"]
-        moved = f"{ranked['before']:.1%} to {ranked['after']:.1%}, {ranked['gain']:+.1%} [{low:+.1%}, {high:+.1%}]"
-        print(f"| {line['loss']} | {percent(line)} | {sources} | {moved} | {line['seconds']:.0f} |")
-    print("\n| Loss | Tokens sampled, before to after | Change | Held-out accuracy |\n|---|---|---|---|")
-    for line in drifts:
-        low, high = line["change_interval"]
-        change = f"{line['change']:+.1f} [{low:+.1f}, {high:+.1f}]"
-        lengths_said = f"{line['tokens_before']} to {line['tokens_after']}"
-        print(f"| {line['loss']} | {lengths_said} | {change} | {percent(line['held_out'])} |")
-
-
-def percent(found: Mapping[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{found['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {found['n']}"
-
-
-def provenance() -> dict[str, Any]:
+def sizes(data: Mapping[str, Split]) -> dict[str, Any]:
     said = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {"seed": SEED, "commit": said.stdout.strip(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    pairs = {name: {part: len(getattr(found, part)) for part in vars(found)} for name, found in data.items()}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"commit": said.stdout.strip(), **versions, "threads": torch.get_num_threads(), "pairs": pairs}
+
+
+def write(file: Path, found: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

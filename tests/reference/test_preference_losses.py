@@ -5,6 +5,7 @@ In the hand-worked cases logistic values are written with ln and e, from which a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from math import exp, inf, log
 from typing import Any
@@ -128,6 +129,63 @@ def test_rewards_by_hand() -> None:
         assert metrics["reward_chosen"] == Mean(0.0, 2)
         assert metrics["reward_rejected"] == Mean(-1.0, 2)
         assert metrics["reward_accuracy"] == Mean(1.0, 2)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(PREFERENCE_LOSSES) - {"sft", "simpo", "alphapo", "cpo", "orpo", "sigmoid_norm"})
+)
+def test_every_loss_against_a_reference_logs_the_same_rewards(name: str) -> None:
+    params = HALF | ({"label_smoothing": 0.1} if name in ("robust", "exo_pair") else {})
+    metrics = PREFERENCE_LOSSES[name](NOW, BEFORE, **params).metrics
+    assert (metrics["reward_chosen"], metrics["reward_rejected"]) == (Mean(0.0, 2), Mean(-1.0, 2))
+    assert (metrics["reward_margin"], metrics["reward_accuracy"]) == (Mean(1.0, 2), Mean(1.0, 2))
+
+
+@pytest.mark.parametrize(("name", "params"), [("sigmoid_norm", {}), ("ipo", {"length_normalized": True})])
+def test_losses_of_token_means_log_rewards_of_token_means(name: str, params: dict[str, Any]) -> None:
+    """Per token ½ · (2/2, −2/1) and ½ · (−2/4, 0/1). And c = 2 over 8 tokens against r = 1 over one: ahead by sums,
+    behind by what the loss compares."""
+    metrics = PREFERENCE_LOSSES[name](NOW, BEFORE, **HALF, **params).metrics
+    assert (metrics["reward_chosen"], metrics["reward_rejected"]) == (Mean(-0.5, 2), Mean(-0.25, 2))
+    tokens = torch.tensor([8]), torch.tensor([1])
+    behind = PREFERENCE_LOSSES[name](
+        PairLogps(t(-2), t(-2), *tokens), PairLogps(t(-4), t(-3), *tokens), **HALF, **params
+    )
+    assert (behind.metrics["reward_accuracy"], behind.metrics["reward_margin"]) == (Mean(0.0, 1), Mean(-0.375, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "chosen", "rejected"),
+    [
+        ("sft", {"beta": 2.0}, 2 * (-1 - 6), 2 * (-1.25 - 1)),
+        ("simpo", {"beta": 2.0, "gamma_beta_ratio": 0.5}, 2 * (-1 - 6), 2 * (-1.25 - 1)),
+        ("orpo", {"beta": 2.0}, 2 * (-1 - 6), 2 * (-1.25 - 1)),
+        ("cpo", {"beta": 2.0, "cpo_alpha": 1.0}, 2 * (-2 - 6), 2 * (-5 - 1)),
+        (
+            "alphapo",
+            {"beta": 2.0, "gamma_beta_ratio": 0.5, "alpha": -1.0},
+            2 * (exp(-1) + exp(-6) - 2),
+            2 * (exp(-1.25) + exp(-1) - 2),
+        ),
+    ],
+)
+def test_rewards_without_a_reference_by_hand(name: str, params: dict[str, Any], chosen: float, rejected: float) -> None:
+    """Means −1, −6 and −1.25, −1; sums −2, −6 and −5, −1. The target margin is no part of them."""
+    metrics = PREFERENCE_LOSSES[name](NOW, None, **params).metrics
+    assert metrics["reward_chosen"] == Mean(pytest.approx(chosen), 2)
+    assert metrics["reward_rejected"] == Mean(pytest.approx(rejected), 2)
+    assert metrics["reward_accuracy"] == Mean(1.0, 2)
+
+
+def test_under_ld_dpo_log_probs_are_those_of_whole_answers() -> None:
+    weighed = replace(NOW, chosen_whole=t(-20, -60), rejected_whole=t(-50, -10))
+    metrics = pairs.figures(weighed, BEFORE)
+    assert (metrics["logp_chosen"], metrics["logp_rejected"]) == (Mean(-80.0, 2), Mean(-60.0, 2))
+    assert metrics["kl_k1_reference_to_policy"] == pairs.figures(NOW, BEFORE)["kl_k1_reference_to_policy"]
+    of = PairLogps.of(t(-1, -2, -3, -4), torch.tensor([1, 2, 3, 4]), t(-10, -20, -30, -40))
+    assert of.chosen_whole is not None
+    assert of.rejected_whole is not None
+    assert (of.chosen_whole.tolist(), of.rejected_whole.tolist()) == ([-10, -30], [-20, -40])
 
 
 def test_figures_by_hand() -> None:

@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 from posttrain.losses.reward import STEP_AGGREGATES, answer_values, bradley_terry, step_cross_entropy
+from posttrain.methods.process_reward_model import step_loss
+from posttrain.methods.reward_model import Item, pair_loss
+from posttrain.records import Tree
+from posttrain.settings import RewardModelSettings
 
 
 def t(*values: float) -> Tensor:
@@ -84,6 +88,17 @@ def test_slow_twins_agree(seed: int) -> None:
     assert ours.total.item() == pytest.approx(slow_pairs(chosen, rejected, margin, smoothing, centring), rel=1e-10)
     right = [float(rng.random() < 0.6) for _ in range(n)]
     assert step_cross_entropy(t(*chosen), t(*right)).total.item() == pytest.approx(slow_steps(chosen, right), rel=1e-10)
+
+
+def test_a_stage_s_keys_and_rows_reach_the_loss() -> None:
+    s = RewardModelSettings(datasets=[{"path": "x"}], label_smoothing=0.2, center_rewards_coefficient=0.3)  # type: ignore[list-item]
+    items = [Item(Tree(str(i), (), ()), (margin,)) for i, margin in enumerate((0.5, -1.0))]
+    found = pair_loss(s)(t(1.0, 3.0, 2.0, -1.0), items)
+    assert found.total.item() == pytest.approx(slow_pairs([1.0, 2.0], [3.0, -1.0], [0.5, -1.0], 0.2, 0.3), rel=1e-10)
+    labelled = [Item(items[0].tree, (1.0, 0.0)), Item(items[1].tree, (1.0,))]
+    assert step_loss(t(0.3, -0.7, 2.0), labelled).total.item() == pytest.approx(
+        slow_steps([0.3, -0.7, 2.0], [1.0, 0.0, 1.0]), rel=1e-10
+    )
 
 
 def test_gradients() -> None:

@@ -377,8 +377,15 @@ def test_forest_padded_rows_and_sampler_agree(kind: str, more: dict[str, Any], a
     torch.testing.assert_close(engine, trainer_logps(forest, asked, groups, 1.0), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
-@pytest.mark.parametrize(("kind", "more"), [KINDS[2], KINDS[3]], ids=["dora", "pissa"])
+IN_FULL = {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}
+RESUMED = [
+    *((method, *kind) for kind in (KINDS[2], KINDS[3]) for method in ("sft", "dpo", "grpo")),
+    *(("dpo", *kind) for kind in (KINDS[1], KINDS[4], KINDS[5], KINDS[6], ("lora", IN_FULL))),
+    ("kto", *KINDS[5]),
+]
+
+
+@pytest.mark.parametrize(("method", "kind", "more"), RESUMED)
 def test_with_loraplus_killed_and_resumed_equals_never_killed(
     method: str, kind: str, more: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -176,6 +176,26 @@ def test_a_frozen_head_gives_the_same_gradient_to_the_hidden_states() -> None:
     torch.testing.assert_close(grads[0], grads[1], atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("kept", [1 << 20, 0])
+def test_under_autocast_the_products_are_of_its_type(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder under autocast hands out float32; weights that train are kept in it. Neither decides."""
+    monkeypatch.setattr(head_module, "KEEP", {"cpu": kept})
+    hidden, target, head = inputs(torch.float32)
+    low = Head(head.weight_VD.bfloat16())
+    head = Head(head.weight_VD.requires_grad_(), compute=torch.bfloat16)
+    found = score(hidden.requires_grad_(), target, head).logp_N
+    expected = score(hidden.bfloat16(), target, low).logp_N
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    exact = score(hidden, target, Head(head.weight_VD)).logp_N
+    assert not torch.equal(found, exact), "computed in float32 after all"
+    slopes = [torch.autograd.grad(x.sum(), [hidden, head.weight_VD]) for x in (found, exact)]
+    for ours, plain in zip(*slopes, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, plain, atol=0.02 * float(plain.abs().max()), rtol=0)
+    torch.testing.assert_close(head.logits(hidden), low.logits(hidden.bfloat16()), atol=0, rtol=0)
+    assert tiny_policy("qwen3").head.compute is None
+
+
 def test_bfloat16_is_summed_in_float32() -> None:
     """2048 equal logits: p = 1/2048 each. Summed in bfloat16 (8 bits), the normaliser would stop growing at 256."""
     hidden = torch.ones(1, 4, dtype=torch.bfloat16)

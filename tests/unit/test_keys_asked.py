@@ -121,7 +121,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
         sft(datasets=mixed),  # until answers end, and sometimes not: the rewards need spread
         sft(**lora, eval_datasets=[{"path": "eval.jsonl"}], filters={"languages": ["en"]}, **clean),
         dpo(**lora, health=halved, gate=gate("never", on_fail="keep_parent")),
-        dpo(max_steps=1, loss_type=["discopop", "ipo"], sync_ref_model=True, ref_model_sync_steps=1),
+        dpo(max_steps=1, loss_type=["discopop", "ipo"], beta=0.1, sync_ref_model=True, ref_model_sync_steps=1),
         dpo(max_steps=1, f_divergence_type="alpha_divergence"),
         *(
             # Rows of another length limit: what one stage prepared would serve the next.

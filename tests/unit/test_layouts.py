@@ -485,6 +485,7 @@ def test_math_shepherd_and_prm800k_as_trl_keeps_them(read: Read, column: str, la
         ({"labels": "++"}, "'labels' must be a list and not empty; it is '++'"),
         ({"steps": [], "labels": []}, "'steps' must be a list and not empty; it is []"),
         ({"steps": ["a", " "]}, "steps[1] must be text and not empty; it is ' '"),
+        ({"steps": ["a\n", "b\nc"]}, "steps[1] has several lines; an answer is read step by step at the ends of its"),
         ({"prompt": None}, "'prompt' must be text and not empty; it is None"),
     ],
 )

@@ -130,6 +130,19 @@ def test_probes_find_a_preamble_and_bullets_and_nothing_where_nothing_is() -> No
     assert flat["probe_preamble_change_sd"] > 0.5
 
 
+def test_probes_of_steps_speak_of_the_score_that_is_used() -> None:
+    """The least of the steps. Bullets make more of them, all better than that one: the score stays what it was."""
+
+    class BySteps(ByHand):
+        def answers(self, asked: Sequence[Answer]) -> list[Verdict]:
+            found = [[self.score(line) for line in a.text.splitlines()] for a in asked]
+            return [Verdict(min(1 / (1 + math.exp(-s)) for s in steps), (*steps, 5.0)) for steps in found]
+
+    pairs = [pair(i, f"One thing {i}. Another thing. A third.", "Nothing.") for i in range(40)]
+    probes = {p.name: p for p in BySteps(lambda text: float("bad" not in text)).on(pairs).probes}
+    assert (probes["markdown"].change_sd, probes["markdown"].found) == (0.0, False)
+
+
 def test_a_report_is_json_and_lines() -> None:
     found = ByHand(len).on([pair(i, "long " * (i + 2), "short") for i in range(12)])
     assert json.loads(json.dumps(found.as_dict()))["accuracy"]["numerator"] == 12

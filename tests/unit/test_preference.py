@@ -21,7 +21,7 @@ from tiny import byte_tokenizer, largest_gap, random_tree, tiny_policy
 from posttrain.errors import ModelError, TrainingStopped
 from posttrain.losses.pairs import PairLogps
 from posttrain.losses.preference import PREFERENCE_LOSSES
-from posttrain.methods import against, dpo
+from posttrain.methods import against, dpo, kto
 from posttrain.methods.stage import Stage
 from posttrain.models import reference as reference_module
 from posttrain.models.policy import Policy
@@ -29,6 +29,7 @@ from posttrain.models.reference import Reference
 from posttrain.records import Branch
 from posttrain.reporting import Reporter
 from posttrain.settings import DPOSettings
+from posttrain.train.loop import micro_batches
 from posttrain.train.metrics import read_metrics
 
 
@@ -56,6 +57,46 @@ def test_sorting_each_micro_batch_would_have_been_noticed(tmp_path: Path) -> Non
     assert abs(sum(objective.loss([item]).total.item() for item in items) - whole) > 1e-2
     with pytest.raises(AssertionError, match="a part of a batch that must be whole"):
         objective.loss(items[:3])
+
+
+# --- held-out rows -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "of"),
+    [
+        ("dpo-weighed", "pair_loss"),
+        ("dpo-aot", "pair_loss"),
+        ("kto", "row_loss"),
+        ("reward_model", "pair_loss"),
+        ("process_reward_model", "step_loss"),
+    ],
+)
+def test_an_evaluation_is_the_loss_of_the_held_out_rows_and_less_is_better(
+    method: str, of: str, tmp_path: Path
+) -> None:
+    policy = toy.policy_for(method)
+    s = toy.METHODS[method].settings(per_device_train_batch_size=50, micro_batch_tokens=ONE_BY_ONE)
+    objective = toy.METHODS[method].objective(policy, s, toy.place_in(tmp_path))
+    alone = trained_on_held_out(method, objective, policy, s, tmp_path / "alone")
+    nudge(policy)
+    batch = alone.batch(1)  # the second epoch: before the first step both must agree
+    with torch.no_grad():
+        parts = [alone.loss(micro).total.item() for micro in micro_batches(batch.items, ONE_BY_ONE)]
+    found = objective.evaluate()
+    assert found.value == found.metrics[f"eval_{of}"] == pytest.approx(sum(parts) / batch.count, rel=1e-4)
+    assert found.beats(found.value + 1)
+    assert not found.beats(found.value - 1)
+
+
+def trained_on_held_out(method: str, objective: Any, policy: Policy, s: Any, directory: Path) -> Any:
+    """An objective that has for its training rows what the other one holds out."""
+    stage = toy.stage_in(policy, toy.place_in(directory))
+    if method == "kto":
+        return replace(kto.kto_objective(stage, s, objective.held_out.rated, []), weights=objective.weights)
+    if method.startswith("dpo"):
+        return toy.pair_objective(stage, s, dpo.pair_loss(s), objective.held_out, [])
+    return replace(objective, items=objective.held_out, held_out=(), steps=[tuple(range(len(objective.held_out)))] * 2)
 
 
 # --- weights on tokens and pairs -----------------------------------------------------------------------------------
@@ -231,6 +272,24 @@ def test_a_moving_reference_goes_where_tr_dpo_says_and_nowhere_else(tmp_path: Pa
         reference._policy.model.model.norm.weight[0] += 1e-6
     with pytest.raises(AssertionError, match="the reference model's weights changed"):
         objective.against.refuse_if_changed()
+
+
+def test_a_reference_that_would_never_move_is_said(tmp_path: Path) -> None:
+    """Six steps: with a move after every sixth there is none left to see it."""
+    for every, told in ((5, 0), (6, 1)):
+        lines: list[str] = []
+        s = toy.METHODS["dpo-moving"].settings(ref_model_sync_steps=every)
+        stage = toy.stage_in(toy.policy_for("dpo-moving"), toy.place_in(tmp_path / str(every)))
+        stage = replace(stage, reporter=type("Told", (), {"line": lambda _, text: lines.append(text)})())  # type: ignore[arg-type,misc]  # noqa: B023
+        assert toy.pair_objective(stage, s, dpo.pair_loss(s), toy.pair_trees()[: toy.N_ROWS], []).n_steps == 6
+        assert len(lines) == told
+    assert "moves the reference after every 6 steps, and there are 6: it stays where it is" in lines[0]
+
+
+def test_a_reference_of_another_shape_cannot_follow(tmp_path: Path) -> None:
+    policy, other = with_tokenizer(toy.policy_for("dpo-moving")), with_tokenizer(tiny_policy("qwen3", seed=3))
+    with pytest.raises(ModelError, match="sync_ref_model mixes the policy's weights into the reference's"):
+        against.open_reference(stage_against(policy, other, tmp_path), toy.METHODS["dpo-moving"].settings())
 
 
 # --- falling chosen answers ----------------------------------------------------------------------------------------

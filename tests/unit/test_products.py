@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain.models import products
 
@@ -46,7 +47,7 @@ def test_where_a_gradient_is_recorded_torch_takes_over() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_are_torchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_onednn", None)
+    monkeypatch.setattr(products, "onednn", None)
     x, weight, bias, _ = tensors(16, 8, 5, dtype)
     assert torch.equal(products.product(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
     assert products.product(x[:0], weight).shape == (0, 5)
@@ -61,7 +62,7 @@ def test_kernels_that_are_missing_or_wrong_are_not_used(
             raise fault
         return x @ weight.t() + (1 if bias is None else bias)
 
-    monkeypatch.setattr(products, "_onednn", broken)
+    monkeypatch.setattr(products, "onednn", broken)
     products.has_onednn.cache_clear()
     try:
         assert not products.has_onednn()
@@ -69,3 +70,19 @@ def test_kernels_that_are_missing_or_wrong_are_not_used(
         torch.testing.assert_close(products.product_onto(base, x, weight), base + x @ weight.t())
     finally:
         products.has_onednn.cache_clear()
+
+
+def test_the_first_to_ask_may_only_be_counting() -> None:
+    products.has_onednn.cache_clear()
+    with FakeTensorMode():
+        found = products.has_onednn()
+    products.has_onednn.cache_clear()
+    assert found == products.has_onednn()
+
+
+def test_asking_draws_no_random_numbers() -> None:
+    products.has_onednn.cache_clear()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    products.has_onednn()
+    assert torch.equal(before, torch.get_rng_state())

@@ -236,6 +236,28 @@ def test_eight_bit_states_learn_and_resume_bit_for_bit(tmp_path: Path) -> None:
     assert toy.same_bits(toy.weights(resumed), toy.weights(whole))
 
 
+@there
+def test_an_adapter_on_four_bits_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """The base is quantised anew from its file, and the reference is that base."""
+    parent = parent_of(tmp_path / "parent")
+    changes: dict[str, Any] = {"adapter": "qlora", "lora": {"r": 4, "loraplus": True}}
+
+    def fresh() -> Policy:
+        policy = in_4_bits(parent)
+        add_lora(policy, LORA, seed=0, kind="qlora")
+        return policy
+
+    whole, _ = toy.run("dpo", tmp_path / "whole", fresh(), **changes)
+    policy, s = fresh(), toy.METHODS["dpo"].settings(**changes)
+    objective = toy.METHODS["dpo"].objective(policy, s, toy.place_in(tmp_path / "cut"))
+    dies_after(objective, 3)
+    with pytest.raises(KeyboardInterrupt):
+        toy.train(policy, objective, s, toy.place_in(tmp_path / "cut"), toy.QUIET)
+    resumed, _ = toy.run("dpo", tmp_path / "cut", fresh(), **changes)
+    assert toy.same_bits(toy.weights(resumed), toy.weights(whole))
+    assert weights_fingerprint(resumed, frozen_only=True) == weights_fingerprint(whole, frozen_only=True)
+
+
 def types_in(value: Any) -> Iterator[torch.dtype]:
     if torch.is_tensor(value):
         yield value.dtype

@@ -205,6 +205,19 @@ def test_keys_that_no_loss_of_the_stage_reads_are_refused(key: str, beside: str,
         ("loss_type: aot\n      use_weighting: true", "dpo.use_weighting weighs pairs, but aot sorts the batch"),
         ("sync_ref_model: true\n      adapter: lora", "dpo.sync_ref_model moves the reference's weights, but with an"),
         ("sync_ref_model: true\n      adapter: qlora", "the frozen base, and a mixture of two adapters' factors is no"),
+        (
+            "loss_type: [sigmoid, sft, discopop]",
+            "dpo.beta is one number for all losses, and each has its own: 0.1 for sigmoid, 0.05 for discopop. Set it.",
+        ),
+        (
+            "loss_type: [robust, hinge, sigmoid]",
+            "dpo.label_smoothing is one number for all losses, and each has its own: 0.1 for robust, 0 for sigmoid.",
+        ),
+        (
+            "sync_ref_model: true\n      load_best_model_at_end: true\n      eval_steps: 2\n"
+            "      eval_datasets: [{path: rows.jsonl}]",
+            "dpo.sync_ref_model moves what eval_datasets are measured against",
+        ),
         ("sync_ref_model: true\n      precompute_ref_log_probs: true", "dpo.sync_ref_model changes the reference's"),
     ],
 )

@@ -119,12 +119,16 @@ def test_a_refused_reward_model_pays_nobody(place: Path) -> None:
         go(recipe(place, sft(), reward_model("differs")), place / "home")
 
 
-def test_a_recipe_of_a_reward_model_alone_with_an_adapter(place: Path) -> None:
+def test_a_recipe_of_a_reward_model_alone_with_an_adapter(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = dict(adapter="lora", lora={"r": 4}, register_as="judge", learning_rate=2e-2)
     report, said = go(recipe(place, reward_model(**settings)), place / "home")
     assert report.champion is None
     assert [(e.name, e.aliases) for e in ModelStore(place / "home").entries()] == [("judge", ("candidate", "champion"))]
     assert "nothing promoted as a model that answers: no stage makes one" in said
+    shapes = [(32, 32), (32, 32), (32, 16), (32, 16), (32, 48), (32, 48), (48, 32)] * 2
+    trained = sum(4 * (i + o) for i, o in shapes) + 32  # of the adapter, and of the score
+    assert any(f"1-reward_model: lora on 14 layers: {trained:,} parameters train" in line for line in said), said
+    assert "its adapter is in its weights already" in refused_call(capsys, "merge", report.outcomes[0].artefact.path)[1]
     opened = open_scorer(report.outcomes[0].artefact.path, "judge")
     better, worse = opened.answers([Answer((Message("user", ASKED[100]),), text) for text in ("now", "ok")])
     assert better.value is not None
@@ -173,6 +177,19 @@ def test_an_adapter_on_a_base_in_half_precision(place: Path) -> None:
 )
 def test_what_cannot_be_meant_is_refused(place: Path, stages: Any, message: str) -> None:
     assert re.search(message, str(refused(place, *stages)))
+
+
+def test_margins_of_rows_reach_training_and_evaluation(place: Path) -> None:
+    """Scores of a new model are around 0, so the loss is about the margin: 100 of the one file, 50 of the other."""
+    for name, margin, asked in (("train", 100.0, ASKED[:8]), ("even", 50.0, ASKED[60:68])):
+        found = [{"prompt": q, "chosen": "now", "rejected": "ok", "margin": margin} for q in asked]
+        rows(place / f"{name}.jsonl", found)
+    datasets = {"datasets": [{"path": "train.jsonl"}], "eval_datasets": [{"path": "even.jsonl"}]}
+    stage = reward_model(None, **datasets, margin="column", max_steps=1, learning_rate=1e-5)
+    report, _ = go(recipe(place, stage), place / "home")
+    run = place / "home" / "runs" / "small" / report.outcomes[0].artefact.version
+    (line,) = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert (line["pair_loss"], line["eval_pair_loss"]) == (pytest.approx(100, abs=5), pytest.approx(50, abs=5))
 
 
 def test_cut_answers_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ where a reward model is wanted and the other way round, an architecture without 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,21 @@ def test_marks_decide_what_is_read() -> None:
 def test_an_architecture_that_cannot_is_refused_by_name(arch: str) -> None:
     with pytest.raises(ModelError, match=f"{arch} cannot become a reward model: transformers has no class"):
         with_score(tiny_policy(arch, forest="auto"), ANSWER, seed=0)
+
+
+def test_what_an_adapter_would_train_in_vain_is_refused_and_what_trains_is_counted() -> None:
+    """The output layer, and its copy that was to train, are gone; the score's 32 numbers came."""
+    policy = tiny_policy("llama", seed=2)
+    add_lora(policy, LoraSettings(r=4, modules_to_save=["norm", "lm_head"]), seed=3)
+    with pytest.raises(ModelError, match="lm_head is the output layer, which a reward model does not have"):
+        with_score(policy, ANSWER, seed=7)
+    for arch, head in (("llama", 97 * 32), ("qwen3", 0)):
+        policy = tiny_policy(arch, seed=2)
+        before = add_lora(policy, LoraSettings(r=4, modules_to_save=["embed_tokens"]), seed=3)
+        model = with_score(policy, ANSWER, seed=7)
+        assert before.on(model.model) == replace(
+            before, n_trained=before.n_trained + 32, n_frozen=before.n_frozen - head
+        )
 
 
 def test_a_class_that_scores_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from posttrain.gate.decide import SEED
 from posttrain.gate.suites import ItemResult, Suite
 from posttrain.intervals import wilson
 from posttrain.records import Interval, Measured, Outcome, Pair
-from posttrain.rollout.scorer import Answer, Scorer
+from posttrain.rollout.scorer import Answer, Scorer, logit
 
 PREAMBLE = "Certainly! "
 N_PROBED = 200  # answers a probe rewrites
@@ -226,7 +226,7 @@ def _changes(
     ]
     verdicts = iter(scorer.answers(asked))
     both = [(next(verdicts), next(verdicts)) for _ in pairs]
-    return [sum(b.scores) / len(b.scores) - sum(a.scores) / len(a.scores) for a, b in both if a.scores and b.scores]
+    return [logit(b) - logit(a) for a, b in both if a.value is not None and b.value is not None]
 
 
 def _as_it_is(text: str) -> str:

@@ -35,7 +35,8 @@ def js_divergence(x: Tensor) -> Tensor:
 
 
 def alpha_divergence(x: Tensor, *, alpha: float) -> Tensor:
-    """α-divergence: f'(u) = (u^(α−1) − 1) / (α − 1). α → 1 is reverse KL, α = 0 forward KL."""
+    """α-divergence: f'(u) = (u^(α−1) − 1) / (α − 1). α → 1 is reverse KL, α = 0 forward KL; the paper's α is
+    1 − this."""
     slope = alpha - 1.0
     if abs(slope) < 1e-6:
         return x

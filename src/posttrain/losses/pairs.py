@@ -21,8 +21,8 @@ FALLEN = 0.01
 class PairLogps:
     """Log-probabilities summed over each answer's scored tokens (nats), and how many tokens those are. All (P,).
 
-    Where LD-DPO counts tail tokens less, `chosen` and `rejected` are the weighted sums and `chosen_whole` the plain
-    sum of the chosen answers, which the SFT term needs; otherwise it is None.
+    Where LD-DPO counts tail tokens less, `chosen` and `rejected` are the weighted sums, and `chosen_whole` and
+    `rejected_whole` the plain ones, which the SFT term and the figures need; otherwise those are None.
     """
 
     chosen: Tensor
@@ -30,13 +30,14 @@ class PairLogps:
     chosen_tokens: Tensor
     rejected_tokens: Tensor
     chosen_whole: Tensor | None = None
+    rejected_whole: Tensor | None = None
 
     @classmethod
     def of(cls, logp_B: Tensor, tokens_B: Tensor, whole_B: Tensor | None = None) -> PairLogps:
         """From answers laid chosen, rejected, chosen, rejected, …"""
-        whole = whole_B.view(-1, 2)[:, 0] if whole_B is not None else None
+        wholes = whole_B.view(-1, 2).unbind(1) if whole_B is not None else ()
         (chosen, rejected), (chosen_tokens, rejected_tokens) = (x.view(-1, 2).unbind(1) for x in (logp_B, tokens_B))
-        return cls(chosen, rejected, chosen_tokens, rejected_tokens, whole)
+        return cls(chosen, rejected, chosen_tokens, rejected_tokens, *wholes)
 
     @property
     def n(self) -> int:
@@ -74,11 +75,12 @@ def figures(policy: PairLogps, reference: PairLogps | None) -> dict[str, Mean]:
     reference.
 
     `kl_k1_reference_to_policy` is the mean over answers of log π_ref − log π (nats per answer): KL(π_ref ‖ π) without
-    bias where the answers were sampled from the reference, an indication elsewhere.
+    bias where the answers were sampled from the reference, an indication elsewhere. Under LD-DPO it and the share of
+    fallen answers count tail tokens less, as the loss does.
     """
     found = {
-        "logp_chosen": Mean.of(policy.chosen),
-        "logp_rejected": Mean.of(policy.rejected),
+        "logp_chosen": Mean.of(policy.chosen if policy.chosen_whole is None else policy.chosen_whole),
+        "logp_rejected": Mean.of(policy.rejected if policy.rejected_whole is None else policy.rejected_whole),
         "tokens_chosen": Mean.of(policy.chosen_tokens),
         "tokens_rejected": Mean.of(policy.rejected_tokens),
     }

@@ -1,7 +1,8 @@
 """Preference losses, each a sum over pairs. Axis: P pairs.
 
 c and r are log π/π_ref of chosen and rejected, summed over the answer's tokens; d = f'(c) − f'(r), with f' the identity
-unless another divergence is asked for. Logged rewards are β c and β r, as they stand before f'.
+unless another divergence is asked for. Logged rewards are β c and β r, as they stand before f', and per
+token where the loss compares token means.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def sigmoid_norm(
     """Length-normalised DPO: −log σ(β (f'(c)/|c| − f'(r)/|r|)). β is per token: Tülu 3 takes 5."""
     c_P, r_P = log_ratios(policy, reference)
     x_P = beta * (divergence(c_P) / policy.chosen_tokens - divergence(r_P) / policy.rejected_tokens)
-    return pair_sum(smoothed(x_P, label_smoothing), beta * c_P, beta * r_P, weight_P)
+    return pair_sum(smoothed(x_P, label_smoothing), *_per_token(beta, c_P, r_P, policy), weight_P)
 
 
 def hinge(
@@ -76,10 +77,12 @@ def ipo(
     """(d − 1/(2β))² (Azar et al. 2023, eq. 17; β is its τ); `length_normalized`: d = f'(c)/|c| − f'(r)/|r|."""
     c_P, r_P = log_ratios(policy, reference)
     chosen_P, rejected_P = divergence(c_P), divergence(r_P)
+    rewards = beta * c_P, beta * r_P
     if length_normalized:
         chosen_P, rejected_P = chosen_P / policy.chosen_tokens, rejected_P / policy.rejected_tokens
+        rewards = _per_token(beta, c_P, r_P, policy)
     loss_P = (chosen_P - rejected_P - 0.5 / beta) ** 2
-    return pair_sum(loss_P, beta * c_P, beta * r_P, weight_P)
+    return pair_sum(loss_P, *rewards, weight_P)
 
 
 def robust(
@@ -186,6 +189,11 @@ def aot_unpaired(
     c_P, r_P = log_ratios(policy, reference)
     delta_P = torch.sort(c_P).values - torch.sort(r_P).values
     return pair_sum(smoothed(beta * delta_P, label_smoothing), beta * c_P, beta * r_P)
+
+
+def _per_token(beta: float, c_P: Tensor, r_P: Tensor, policy: PairLogps) -> tuple[Tensor, Tensor]:
+    """Rewards of a loss that compares token means: by sums the longer answer would lead where the loss sees none."""
+    return beta * c_P / policy.chosen_tokens, beta * r_P / policy.rejected_tokens
 
 
 PREFERENCE_LOSSES: dict[str, Callable[..., LossSum]] = {

@@ -32,6 +32,7 @@ from posttrain.settings.preference import PreferenceSettings, ReferenceSettings
 from posttrain.train.loop import micro_batches, train
 from posttrain.train.objective import Evaluation, StepBatch
 
+WHOLES = ("chosen_whole", "rejected_whole")
 OTHER_START = "the reference is not the model this stage started from"
 
 
@@ -179,13 +180,13 @@ class PairObjective:
             policy, weight_P = self._score(part)
             parts.append(policy)
             weights += [weight_P] if weight_P is not None else []
-        wholes = [part.chosen_whole for part in parts if part.chosen_whole is not None]
+        wholes = [[x for part in parts if (x := getattr(part, side)) is not None] for side in WHOLES]
         joined = PairLogps(
             torch.cat([part.chosen for part in parts]),
             torch.cat([part.rejected for part in parts]),
             torch.cat([part.chosen_tokens for part in parts]),
             torch.cat([part.rejected_tokens for part in parts]),
-            torch.cat(wholes) if wholes else None,
+            *(torch.cat(whole) if whole else None for whole in wholes),
         )
         return taken, joined, torch.cat(weights) if weights else None
 
@@ -231,6 +232,15 @@ def run_pairs(stage: Stage, s: PreferenceSettings, loss: PairLoss) -> StageResul
     return stage_result(trained, found, evaluation)
 
 
+def _say_if_it_never_moves(stage: Stage, against: Against, n_steps: int) -> None:
+    moves = against.live.moves if against.live is not None else None
+    if moves is not None and n_steps <= moves.every:
+        stage.reporter.line(
+            f"{stage.name}: warning: sync_ref_model moves the reference after every {moves.every:,} steps, and there "
+            f"are {n_steps:,}: it stays where it is. Lower ref_model_sync_steps."
+        )
+
+
 def pair_objective(
     stage: Stage, s: PreferenceSettings, loss: PairLoss, trees: Sequence[Tree], held_out: Sequence[Tree]
 ) -> PairObjective:
@@ -247,6 +257,7 @@ def pair_objective(
     )
     if isinstance(s, ReferenceSettings):
         against = open_reference(stage, s)
+        _say_if_it_never_moves(stage, against, objective.n_steps)
         objective.answers = against.ask(stage, trees, s.micro_batch_tokens, "reference")
         objective.held_out_answers = against.ask(stage, held_out, s.micro_batch_tokens, "reference-eval")
         objective.against = against.after_asking()

@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ class Adapted:
     n_trained: int
     n_frozen: int
     left_out: tuple[tuple[str, int], ...]  # (name, numbers)
+
+    def on(self, model: nn.Module) -> Adapted:
+        """The same adapter counted anew, on a model that got a score in place of its output layer."""
+        n_trained, n_frozen = _counts(model)
+        return replace(self, n_trained=n_trained, n_frozen=n_frozen)
 
     def lines(self) -> list[str]:
         share = 100 * self.n_trained / (self.n_trained + self.n_frozen)
@@ -92,9 +97,13 @@ def put_on(policy: Policy, lora: LoraSettings, *, seed: int, kind: str) -> Adapt
         policy.adapter = get_peft_model(model, config)
     _refuse_otherwise(model, targets, tied)
     model.train(model.training)  # new layers are born in training mode, with dropout
-    trained = sum(p.numel() for p in policy.trainable().values())
+    return Adapted(kind, len(targets), *_counts(model), others)
+
+
+def _counts(model: nn.Module) -> tuple[int, int]:
+    """Weights that train, and weights that are frozen."""
     frozen = sum(n_weights(p) for p in model.parameters() if not p.requires_grad)
-    return Adapted(kind, len(targets), trained, frozen, others)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), frozen
 
 
 def _refuse_otherwise(model: Any, targets: Sequence[str], tied: bool) -> None:

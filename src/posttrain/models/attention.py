@@ -4,6 +4,9 @@ Axes: T tokens, H query heads, h key/value heads, D head size; R, Q, K as in `fo
 
 The model's forward receives `forest=` as a keyword, hands it to each layer's attention unread, and `forest_attention`
 asks it to attend. Training passes a `ForestAttention`; the sampler passes its own state with the same method.
+
+On a GPU, in 16 bits, all rows of a batch go through one kernel for rows of unlike lengths (`models/varlen.py`): no
+padding, no mask. Elsewhere they go group by group, answers to one prompt with a mask.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from posttrain.models.forest import AttentionGroup, ForestBatch
+from posttrain.models.varlen import Packed, attend_packed, serves
 
 IMPLEMENTATION = "posttrain_forest"
 # Arguments some architectures pass to their attention that change its result and that we do not compute.
@@ -51,11 +55,17 @@ class ForestAttention:
     keep_keys: bool = False
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _packed: Packed | None = None
 
     def attend(self, call: AttentionCall, q_THD: Tensor, k_ThD: Tensor, v_ThD: Tensor) -> Tensor:
         if self.keep_keys:
-            self.kept[call.layer] = (k_ThD, v_ThD)
+            # Not as views of joined projections, whose other parts would be kept with them.
+            self.kept[call.layer] = (k_ThD.contiguous(), v_ThD.contiguous())
         batch = self.batch
+        if call.softcap is None and not call.dropout and serves(q_THD, v_ThD):
+            if self._packed is None:
+                self._packed = Packed.of(batch)
+            return attend_packed(self._packed, q_THD, k_ThD, v_ThD, scale=call.scale, window=call.window)
         queries = [g.query_index_RQ.shape for g in batch.groups]
         keys = [g.key_index_RK.shape for g in batch.groups]
         q, k, v = (
@@ -93,6 +103,9 @@ def _attend_rows(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Ten
     """q (R, H, Q, D), k and v (R, h, K, D); mask None means causal."""
     if call.softcap is not None:
         return _softcapped(call, q, k, v, mask)
+    if mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
+        # A GPU's fused kernels take a mask or grouped heads; asked for both, torch lays out all scores in float32.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -140,6 +153,8 @@ def forest_attention(
     if attention_mask is not None:
         raise ForestUnsupported("it builds an attention mask of its own")
     call = AttentionCall(int(module.layer_idx), scaling, sliding_window, softcap, dropout)  # type: ignore[arg-type]
+    # Under autocast, norms of queries and keys leave them in float32: twice the memory, and no fused kernel.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     out_THD = forest.attend(call, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
     return out_THD.unsqueeze(0), None
 

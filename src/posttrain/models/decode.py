@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from posttrain.models.attention import Attends, AttentionCall
 from posttrain.models.head import Head
+from posttrain.models.products import has_onednn, onednn, pack
 from posttrain.models.straight import Layer, Norm, Straight
 
 READY_BYTES = 1 << 28  # what the sampler's own copy of the weights may take
@@ -43,35 +43,17 @@ class Product:
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None) -> Product:
-        packed = weight.numel() >= PACKED_FROM and weight.dtype == torch.float32 and weight.is_cpu and _packs()
-        return cls(_pack(weight) if packed else weight, bias, packed)
+        packed = weight.numel() >= PACKED_FROM and weight.dtype == torch.float32 and weight.is_cpu and has_onednn()
+        return cls(pack(weight) if packed else weight, bias, packed)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return onednn(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def onto(self, x: Tensor, y: Tensor) -> Tensor:
         """x + W y, in x's place. Has no bias."""
         return x.add_(self(y)) if self.packed else x.addmm_(y, self.weight.t())
-
-
-def _pack(weight: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-    return packed
-
-
-@lru_cache(1)
-def _packs() -> bool:
-    """Whether this torch has oneDNN's products, and they are right."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    x, weight = torch.linspace(-1, 1, 3 * 40).view(3, 40).cos(), torch.linspace(-9, 9, 50 * 40).view(50, 40).sin()
-    try:
-        found = Product(_pack(weight), None, True)(x)
-    except (RuntimeError, AttributeError, TypeError):
-        return False
-    return torch.allclose(found, x @ weight.t(), atol=1e-4, rtol=0)
 
 
 @dataclass(frozen=True, slots=True)

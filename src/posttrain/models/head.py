@@ -13,7 +13,7 @@ after, so it is formed in the forward pass, and never read there again:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from posttrain.models.products import product
 
 TILE = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits of a tile: on a CPU it should stay in its cache
 LEAST_ROWS = 64  # of a tile, or its matrix products become slow
+HALF = (torch.float16, torch.bfloat16)
 KEEP = {"cpu": 1 << 26, "cuda": 1 << 28}  # entries of the slope that may be kept for the backward pass
 
 
@@ -33,10 +34,21 @@ class Head:
     bias_V: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0  # Granite divides, Cohere multiplies its logits
+    compute: torch.dtype | None = None  # of the products, where it is not that of the hidden states
+
+    def taken(self, hidden_ND: Tensor) -> Tensor:
+        """Hidden states as the products take them. Under autocast a decoder hands out float32, and it ends before the
+        head: products in that type would be all the head's and many times slower on a GPU."""
+        return hidden_ND if self.compute is None else hidden_ND.to(self.compute)
+
+    def ready(self) -> Head:
+        """With weights in the type of the products: for many products while they do not change."""
+        return self if self.compute is None else replace(self, weight_VD=self.weight_VD.to(self.compute))
 
     def logits(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
         """(N, V) in float32 or wider. For the sampler and the tiles below; never call it on a whole training batch."""
-        logit_NV = product(hidden_ND, self.weight_VD.to(hidden_ND.dtype)).to(_wide(hidden_ND))
+        hidden_ND = self.taken(hidden_ND)
+        logit_NV = _wide_product(hidden_ND, self.weight_VD.to(hidden_ND.dtype))
         if self.bias_V is not None:
             logit_NV += self.bias_V
         if self.softcap is not None:
@@ -51,10 +63,26 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def head_of(model: nn.Module) -> Head:
+def _wide_product(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """x Wᵀ in float32 or wider. On a GPU the factors stay in 16 bits and the sums are never rounded to them."""
+    if x_ND.is_cuda and x_ND.dtype in HALF:
+        return torch.mm(x_ND, weight_VD.T, out_dtype=torch.float32)
+    return product(x_ND, weight_VD).to(_wide(x_ND))
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
+    """into += left right, `into` in float32 or wider. Widened factors would not run on a GPU's tensor cores."""
+    if left.is_cuda and left.dtype in HALF:
+        into += torch.mm(left, right, out_dtype=torch.float32)
+    else:
+        into.addmm_(left.to(into.dtype), right.to(into.dtype))
+
+
+def head_of(model: nn.Module, compute: torch.dtype | None = None) -> Head:
     layer, config = model.get_output_embeddings(), model.config  # type: ignore[operator]
     scale = 1.0 / getattr(config, "logits_scaling", 1.0) * getattr(config, "logit_scale", 1.0)
-    return Head(layer.weight, getattr(layer, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, getattr(layer, "bias", None), cap, scale, compute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +106,7 @@ def score(
 ) -> Scored:
     """Log-probability and entropy of each target under softmax(logits / temperature). `entropy_grad`: the entropy
     carries a gradient, for two more vocabulary products each way."""
+    hidden_ND = head.taken(hidden_ND)
     logp_N, entropy_N = _Score.apply(
         hidden_ND, head.weight_VD, head.bias_V, target_N, head.softcap, head.scale, temperature
     )
@@ -89,6 +118,7 @@ def score(
 @torch.no_grad()
 def log_probs(hidden_ND: Tensor, target_N: Tensor, head: Head, temperature: float = 1.0) -> Tensor:
     """(N,) `score`'s log-probabilities and nothing else."""
+    head = head.ready()
     logp_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=_wide(hidden_ND))
     for tile in _tiles(hidden_ND.shape[0], head.weight_VD.shape[0], hidden_ND.device):
         logp_RV = head.logits(hidden_ND[tile], temperature).log_softmax(-1)
@@ -146,7 +176,8 @@ def _squash(logit_RV: Tensor, head: Head, temperature: float) -> Tensor | None:
 class _Score(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, softcap, scale, temperature):  # type: ignore[no-untyped-def]
-        head = Head(weight_VD, bias_V, softcap, scale)
+        compute = weight_VD.to(hidden_ND.dtype)  # once, not once a tile
+        head = Head(compute, bias_V, softcap, scale)
         n, vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
         logp_N = hidden_ND.new_empty(n, dtype=_wide(hidden_ND))
         entropy_N = torch.empty_like(logp_N)
@@ -154,7 +185,6 @@ class _Score(torch.autograd.Function):
         keeps = trains and n * vocabulary <= _on(hidden_ND.device, KEEP)
         slope_NV = hidden_ND.new_empty(n, vocabulary) if keeps else None
         slope_ND = torch.empty_like(hidden_ND) if needs_hidden and not keeps else None
-        compute = weight_VD.to(hidden_ND.dtype)
         for tile in _tiles(n, vocabulary, hidden_ND.device):
             slope_RV = slope_NV[tile] if slope_NV is not None else None
             if slope_ND is not None:
@@ -184,14 +214,14 @@ class _Score(torch.autograd.Function):
         grad_hidden = slope_ND * grad_N1 if slope_ND is not None else None
         if not any(ctx.needs_input_grad[1:3]):
             return grad_hidden, None, None, None, None, None, None
-        head = Head(weight_VD, bias_V, softcap, scale)
+        head = Head(weight_VD.to(hidden_ND.dtype), bias_V, softcap, scale)
         wide = _wide(hidden_ND)
         grad_weight = torch.zeros_like(weight_VD, dtype=wide)
         grad_bias = torch.zeros_like(bias_V, dtype=wide) if bias_V is not None else None
         for tile in _tiles(hidden_ND.shape[0], weight_VD.shape[0], hidden_ND.device):
             slope_RV = hidden_ND.new_empty(hidden_ND[tile].shape[0], weight_VD.shape[0], dtype=wide)
             _score_tile(head, hidden_ND[tile], target_N[tile], temperature, slope_RV)
-            grad_weight.addmm_(slope_RV.T.to(hidden_ND.dtype).to(wide), (grad_N1[tile] * hidden_ND[tile]).to(wide))
+            _add_product(grad_weight, slope_RV.T.to(hidden_ND.dtype), grad_N1[tile] * hidden_ND[tile])
             if grad_bias is not None:
                 grad_bias += grad_N[tile].to(wide) @ slope_RV
         return (
@@ -237,7 +267,7 @@ class _Entropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[tile] = slope_RV.to(hidden_ND.dtype) @ compute
             if grad_weight is not None:
-                grad_weight.addmm_(slope_RV.T.to(hidden_ND.dtype).to(wide), hidden_ND[tile].to(wide))
+                _add_product(grad_weight, slope_RV.T.to(hidden_ND.dtype), hidden_ND[tile])
             if grad_bias is not None:
                 grad_bias += slope_RV.sum(0)
         return (

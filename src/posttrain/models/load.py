@@ -18,6 +18,7 @@ from posttrain.models.merge import MERGE_BOUND, merged_state, save_adapter
 from posttrain.models.padded import build_padded
 from posttrain.models.policy import Policy, stock_attention
 from posttrain.models.quantised import hold_still, quantisation, refuse_misread, refuse_unquantised, shell
+from posttrain.models.varlen import HALF, kernel_fault
 from posttrain.records import Branch, Tree
 
 # Largest log-probability difference between forest and padded rows on random tokens that passes the probe.
@@ -157,6 +158,7 @@ def choose_layout(policy: Policy, forest: str) -> None:
         reason = probe_forest(policy)
     if reason is None:
         policy.layout = "forest"
+        _note_slow_attention(policy)
         return
     if forest == "on":
         raise ModelError(
@@ -168,6 +170,12 @@ def choose_layout(policy: Policy, forest: str) -> None:
     policy.notes.append(
         f"forest off for {policy.model.config.model_type} ({reason}); prompts are recomputed per answer"
     )
+
+
+def _note_slow_attention(policy: Policy) -> None:
+    on_gpu = policy.device.type == "cuda" and (policy.autocast or policy.model.dtype) in HALF
+    if on_gpu and (fault := kernel_fault(policy.device)):
+        policy.notes.append(f"attention goes group by group, with masks, which is slower: {fault}")
 
 
 @torch.no_grad()

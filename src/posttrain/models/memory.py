@@ -24,12 +24,16 @@ HELD = 256 << 20
 ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
 
 
+def holds_freed_memory() -> bool:
+    return platform.libc_ver()[0] == "glibc"
+
+
 @cache
 def hold_freed_memory() -> None:
     """Every step on a CPU asks for the same blocks of some MiB as the step before. glibc maps such blocks anew each
     time, and the kernel fills every page of them with zeros first: as long as the arithmetic takes, for a small model.
     Other C libraries are left as they are."""
-    if platform.libc_ver()[0] != "glibc":
+    if not holds_freed_memory():
         return
     glibc = ctypes.CDLL(None)
     glibc.mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)

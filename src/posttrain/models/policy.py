@@ -51,7 +51,8 @@ class Policy:
 
     @property
     def head(self) -> Head:
-        return head_of(self.model)
+        # A CPU rounds the sums of 16-bit products to 16 bits, log-probabilities with them.
+        return head_of(self.model, self.autocast if self.device.type == "cuda" else None)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every weight that trains, by name; a companion's begin with the companion's name."""
@@ -92,7 +93,7 @@ class Policy:
 
     def for_sampling(self, n_positions: int) -> Logits:
         """Tokens to logits in many short steps at positions below `n_positions`, while the weights do not change."""
-        straight, head = self.straight(), self.head
+        straight, head = self.straight(), self.head.ready()
         if straight is not None and (decoder := decoder_of(straight, head, n_positions)) is not None:
             return decoder.logits
         hidden = self.hidden_forest if straight is None else straight.for_sampling(n_positions).hidden

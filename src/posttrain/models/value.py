@@ -52,9 +52,22 @@ def put_score(policy: Policy, reads: str, *, seed: int) -> Policy:
     model.score = nn.Linear(head.in_features, 1, bias=False, device=policy.device)
     with torch.no_grad():
         model.score.weight.copy_(drawn)
+    if policy.adapter is not None:
+        _refuse_lost(policy, model)
     setattr(model.config, READS, reads)
     model.train(policy.model.training)
     return replace(policy, model=model)
+
+
+def _refuse_lost(policy: Policy, scorer: nn.Module) -> None:
+    """With an adapter, everything that was to train must still be there."""
+    kept = {id(p) for p in scorer.parameters()}
+    if lost := [name for name, p in policy.trainable().items() if id(p) not in kept]:
+        raise ModelError(
+            f"lora.modules_to_save: {lost[0].split('.modules_to_save.')[0]} is the output layer, which a reward model "
+            "does not have.",
+            remedy="Leave it out: the score that takes its place trains in full.",
+        )
 
 
 def _empty_scorer(language_model: Any) -> tuple[Any, nn.Linear]:

@@ -99,7 +99,9 @@ def find_source(folder: Path, base: str | None) -> Source:
     """The adapter in `folder`, an artefact or a folder that peft wrote, and the very base it was trained on."""
     if is_artefact(folder):
         if not (folder / "adapter" / ADAPTER_CONFIG).is_file():
-            raise ModelError("holds no adapter: all its weights were trained.", where=str(folder))
+            merged = read_manifest(folder).settings.get("adapter", "none") != "none"
+            why = "its adapter is in its weights already" if merged else "all its weights were trained"
+            raise ModelError(f"holds no adapter: {why}.", where=str(folder))
         ref, manifest = load_ref(folder), read_manifest(folder)
         return Source(folder / "adapter", manifest, ref, _trained_on(manifest, folder, base), manifest.parent)
     if not (folder / ADAPTER_CONFIG).is_file():

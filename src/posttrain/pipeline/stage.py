@@ -228,11 +228,13 @@ def _train_and_save(sr: StageRun) -> None:
     scores = scoring.is_scoring(sr.stage)
     if sr.suite is not None and s.adapter != "qlora" and not scores:
         sr.answers(sr.suite).of_loaded(policy, renderer, sr.parent.fingerprint, str(sr.parent.ref))
+    adapted = None
     if s.adapter != "none":
-        for line in add_lora(policy, s.lora, seed=derive_seed(sr.seed, "adapter"), kind=s.adapter).lines():
-            sr.say(line)
+        adapted = add_lora(policy, s.lora, seed=derive_seed(sr.seed, "adapter"), kind=s.adapter)
     if scores:
         policy = scoring.made_to_score(policy, sr.stage, derive_seed(sr.seed, "score"))
+    for line in adapted.on(policy.model).lines() if adapted is not None else ():
+        sr.say(line)
     started_from = weights_fingerprint(policy, merged=True)
     recipe = sr.run.recipe
     method = MethodStage(

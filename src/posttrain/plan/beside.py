@@ -52,7 +52,8 @@ def with_critic(training: Traced, critic: Critic, trees: Sequence[Tree], *, accu
     own = trace_training(*critic.trunk, trees, accumulating=accumulating)
     born = 0 if accumulating else critic.gradients
     peak = max(training.kept + own.peak, training.peak + born)
-    return dataclasses.replace(training, peak=peak, kept=training.kept + own.kept, flops=training.flops + own.flops)
+    kept, flops, held = training.kept + own.kept, training.flops + own.flops, max(training.held, own.held)
+    return dataclasses.replace(training, peak=peak, kept=kept, flops=flops, held=held)
 
 
 def with_teacher(

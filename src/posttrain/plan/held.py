@@ -6,18 +6,20 @@ gradients from the config, activations by tracing the training code (`trace`), c
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from posttrain.errors import ModelError
+from posttrain.models.memory import HELD, holds_freed_memory
 from posttrain.pipeline.stage import load_options
 from posttrain.plan.beside import Critic, critic_of, with_critic, with_teacher
 from posttrain.plan.rows import Rows, sampled
 from posttrain.plan.shape import Shape
 from posttrain.plan.target import Target
-from posttrain.plan.trace import Counts, Setup, Traced, count, trace_scoring, trace_training
+from posttrain.plan.trace import Counts, Setup, Traced, count, sampler_copies, trace_scoring, trace_training
 from posttrain.records import Branch, Tree
 from posttrain.rollout.cache import GROW
 from posttrain.rollout.local import MAX_SLOTS
@@ -132,7 +134,8 @@ def hold(
     phases += [Phase("save", {**weights, **merging}), Phase("prove what was saved", {**weights, **saved})]
     if suite is not None:
         judged = {"process": target.overhead, "weights": _frozen(shape, setup)}
-        phases.append(Phase("gate", judged | sampling_parts(shape, setup, target, suite)))
+        plain = dataclasses.replace(setup, kept=setup.compute, adapter="none")  # as it was saved
+        phases.append(Phase("gate", judged | sampling_parts(shape, plain, target, suite)))
         if suite_judges:
             phases.append(Phase("gate: reward models", judged | {"reward models": suite_judges}))
     return Held(counts, tuple(phases), training, setup, critic)
@@ -179,6 +182,8 @@ def _training(
     pass_ = {"activations": training.peak, **unpacked}
     if not rows.several:
         pass_ = {"activations, and gradients as they come": training.peak, **unpacked}
+    if setup.device == "cpu" and holds_freed_memory():
+        pass_["freed and not given back"] = min(training.held, HELD)
     return [
         Phase("train", {**held, **states, **(gradients if rows.several else {}), **pass_}),
         Phase("take a step", {**held, **states, **gradients}),
@@ -234,13 +239,24 @@ def sampling_parts(shape: Shape, setup: Setup, target: Target, asking: Asking) -
     scores = 4 * slots * shape.text.num_attention_heads * (asking.prompt + answer) * 4
     growing = slots * answer * shape.kv_width // 2 * element  # a layer's keys, while they move to a longer place
     drawing = slots * shape.vocabulary * DRAWING
-    prefilled = max(1, min(groups, PREFILL_TOKENS // asking.prompt))
-    prompts = [Tree("prompt", (0,) * asking.prompt, (Branch((0,), (True,)),))] * prefilled
-    prefill = trace_scoring(shape, setup, prompts).peak
-    return {
+    decode = cache + max(scores, growing, drawing)
+    parts = {
         f"keys and values of {slots:,} answers": cache,
-        "a prefill or decode step": max(prefill, scores, growing, drawing),
+        "a prefill or decode step": max(decode, _prefill(shape, setup, asking, groups, cell, cache)) - cache,
     }
+    copies = sampler_copies(shape, setup, asking.prompt + asking.answer)
+    return parts | ({"weights joined for sampling": copies} if copies else {})
+
+
+def _prefill(shape: Shape, setup: Setup, asking: Asking, groups: int, cell: int, cache: int) -> int:
+    """Reading the prompts. Their keys and values are kept layer by layer as the pass makes them, and then laid out in
+    the cache once more. Prompts that are read later find the cache of the earlier ones there."""
+    n_prompts = max(1, min(groups, PREFILL_TOKENS // asking.prompt))
+    prompts = [Tree("prompt", (0,) * asking.prompt, (Branch((0,), (True,)),))] * n_prompts
+    kept = cell * n_prompts * asking.prompt
+    laid_out = kept + cell * n_prompts * asking.n_answers * GROW
+    read = kept + max(trace_scoring(shape, setup, prompts).peak, laid_out)
+    return read if n_prompts == groups else read + cache
 
 
 def _copy(shape: Shape, setup: Setup) -> int:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from posttrain.models.memory import MAPPED_FROM
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +40,55 @@ class Span:
         return self.end - self.start
 
 
+@dataclass
+class Account:
+    """Some of the storages."""
+
+    live: int = 0
+    peak: int = 0
+    spans: list[Span] = field(default_factory=list)
+    _start: int = 0
+
+    def add(self, n: int) -> None:
+        self.live += n
+        self.peak = max(self.peak, self.live)
+
+    def mark(self, label: str, flops: int) -> None:
+        self.spans.append(Span(label, self._start, self.peak, self.live, flops))
+        self._start = self.peak = self.live
+
+
 class Ledger(TorchDispatchMode):
-    """Enter it inside FakeTensorMode. `known` tensors (weights, gradients, the batch) are counted by others."""
+    """Enter it inside FakeTensorMode. `known` tensors (weights, gradients, the batch) are counted by others.
+
+    Storages of `MAPPED_FROM` bytes and more are also counted apart from smaller ones: on a CPU only they go back to the
+    system when they are freed."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = 0
-        self.spans: list[Span] = []
+        self.flops = 0
+        self.all, self.heap, self.mapped = Account(), Account(), Account()
         self._known = {t.untyped_storage()._cdata for t in known}
         self._bytes: dict[int, int] = {}
-        self._start = self._flops_before = 0
+        self._flops_before = 0
         self._flop_formulas = flop_registry | _OWN_FORMULAS
+
+    @property
+    def live(self) -> int:
+        return self.all.live
+
+    @property
+    def peak(self) -> int:
+        return self.all.peak
+
+    @property
+    def spans(self) -> list[Span]:
+        return self.all.spans
 
     def mark(self, label: str) -> None:
         """Close a span: it reaches from the mark before to here."""
-        self.spans.append(Span(label, self._start, self.peak, self.live, self.flops - self._flops_before))
-        self._start = self.peak = self.live
+        for account in (self.all, self.heap, self.mapped):
+            account.mark(label, self.flops - self._flops_before)
         self._flops_before = self.flops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -72,12 +107,16 @@ class Ledger(TorchDispatchMode):
         if key in self._bytes or key in self._known:
             return
         self._bytes[key] = storage.nbytes()
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
+        self._book(storage.nbytes(), storage.nbytes())
         weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:
-        self.live -= self._bytes.pop(key)
+        size = self._bytes.pop(key)
+        self._book(size, -size)
+
+    def _book(self, size: int, change: int) -> None:
+        self.all.add(change)
+        (self.mapped if size >= MAPPED_FROM else self.heap).add(change)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -103,12 +142,20 @@ def _added_product(_into: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> i
     return 2 * a.shape[0] * a.shape[1] * b.shape[1]
 
 
+def _linear(x: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    return 2 * x.numel() * out_val.shape[-1]
+
+
 _aten = torch.ops.aten
 _OWN_FORMULAS: dict[Any, Any] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     _aten.addmm_: _added_product,
 }
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # not in every build of torch
+    _OWN_FORMULAS[torch.ops.mkldnn._linear_pointwise] = _linear
 
 
 def count_grouped_products() -> None:

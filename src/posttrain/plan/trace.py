@@ -62,6 +62,7 @@ class Traced:
     flops: int
     layout: str  # forest | padded
     n_tokens: int
+    held: int = 0  # what a heap that never shrinks has beside the peak: small blocks that were freed before
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,19 @@ def trace_scoring(shape: Shape, setup: Setup, trees: Sequence[Tree]) -> Traced:
     return _trace(shape, plain, trees, run, accumulating=False, what="scoring")
 
 
+def sampler_copies(shape: Shape, setup: Setup, n_positions: int) -> int:
+    """Bytes of what the sampler makes of the weights before it draws: joined ones, and the turns of all positions."""
+    if setup.adapter != "none" or setup.autocast or setup.layout != "forest" or setup.compute != torch.float32:
+        return 0  # as `Policy.straight` decides; the model below is in float32
+    policy = Policy(shape.whole.eval(), None)
+    use_forest(policy.model)
+    with Ledger([*policy.model.parameters(), *policy.model.buffers()]) as ledger:
+        way = policy.for_sampling(n_positions)
+    made = ledger.live
+    del way
+    return made
+
+
 def _result(policy: Policy, trees: Sequence[Tree]) -> Tensor:
     """What the loss is computed from."""
     if hasattr(policy.model, "score"):
@@ -183,20 +197,26 @@ def _trace_once(shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, ac
 
 def _trace_as(shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, layout: str, accumulating: bool) -> Traced:
     count_grouped_products()
-    n = shape.n_traced
-    spans = _spans(shape, setup, trees, run, layout, accumulating, n)
-    if shape.uniform:
-        more = None
-        if setup.autocast:  # it keeps every layer's cast weights until the forward pass ends, and drops them at once
-            more = _spans(shape, setup, trees, run, layout, accumulating, n + 1)
-        spans = repeat_middle(spans, n, shape.n_layers, more)
-    peak, kept = _highest(spans)
-    return Traced(peak, kept, sum(span.flops for span in spans), layout, sum(tree.n_tokens for tree in trees))
+    n, more = shape.n_traced, None
+    found = _watch(shape, setup, trees, run, layout, accumulating, n)
+    if shape.uniform and setup.autocast:  # every layer's cast weights are kept until the forward pass ends
+        more = _watch(shape, setup, trees, run, layout, accumulating, n + 1)
+
+    def spans(account: str) -> list[Span]:
+        own: list[Span] = getattr(found, account).spans
+        if not shape.uniform:
+            return own
+        return repeat_middle(own, n, shape.n_layers, getattr(more, account).spans if more else None)
+
+    peak, kept = _highest(spans("all"))
+    held = max(0, _highest(spans("heap"))[0] + _highest(spans("mapped"))[0] - peak)
+    flops = sum(span.flops for span in spans("all"))
+    return Traced(peak, kept, flops, layout, sum(tree.n_tokens for tree in trees), held)
 
 
-def _spans(
+def _watch(
     shape: Shape, setup: Setup, trees: Sequence[Tree], run: _Run, layout: str, accumulating: bool, n_layers: int
-) -> list[Span]:
+) -> Ledger:
     policy = _policy(shape, setup, n_layers)
     if layout == "forest":
         use_forest(policy.model)
@@ -223,7 +243,7 @@ def _spans(
     with tiles_of(setup.device), mode, kernels_of(setup.device), marks.on(policy, n_layers), ledger:
         run(policy, marks)
         ledger.mark("end")
-    return ledger.spans
+    return ledger
 
 
 def _laid_out(trees: Sequence[Tree], layout: str) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, get_args
 
 from posttrain.recipe.faults import show
-from posttrain.settings.preference import DIVERGING, SMOOTHED, loss_names
+from posttrain.settings.preference import BETA, DIVERGING, SMOOTHED, SMOOTHING, DPOLoss, loss_names
 
 if TYPE_CHECKING:
     from posttrain.recipe.rules import StageView
@@ -39,6 +39,21 @@ def _unread_without(key: str, other: str, wanted: Any) -> Callable[[StageView], 
         if not stage.says(key) or getattr(stage.settings, other, wanted) == wanted:
             return None
         return f" is set but never read: {other} is not {show(wanted)}. Set it, or remove {key}."
+
+    return broken_by
+
+
+def _one_for_several(
+    key: str, constants: Mapping[str, float], usual: float, readers: frozenset[str]
+) -> Callable[[StageView], str | None]:
+    """A key without a value, which several losses read and whose papers give it different ones."""
+
+    def broken_by(stage: StageView) -> str | None:
+        own = {name: constants.get(name, usual) for name in _losses(stage) if name in readers}
+        if stage.method != "dpo" or stage.says(key) or len(set(own.values())) < 2:
+            return None
+        values = ", ".join(f"{value:g} for {name}" for name, value in own.items())
+        return f" is one number for all losses, and each has its own: {values}. Set it."
 
     return broken_by
 
@@ -82,6 +97,11 @@ def _immovable(stage: StageView) -> str | None:
             " moves the reference's weights, but with an adapter those are the frozen base, and a mixture of two "
             "adapters' factors is no mixture of their weights. Use adapter: none."
         )
+    if stage.settings.load_best_model_at_end:
+        return (
+            " moves what eval_datasets are measured against, so evaluations before and after a move cannot be "
+            "compared. Remove load_best_model_at_end."
+        )
     if stage.says("precompute_ref_log_probs") and getattr(stage.settings, "precompute_ref_log_probs", False):
         return " changes the reference's answers, so they cannot be precomputed. Remove precompute_ref_log_probs."
     return None
@@ -90,6 +110,8 @@ def _immovable(stage: StageView) -> str | None:
 PREFERENCE_RULES: tuple[tuple[str, tuple[str, ...], Callable[[StageView], str | None]], ...] = (
     ("loss_type", (), _unlikely_losses),
     ("loss_weights", ("loss_type",), _losses_and_weights),
+    ("beta", ("loss_type",), _one_for_several("beta", BETA, 0.1, frozenset(get_args(DPOLoss)) - {"sft"})),
+    ("label_smoothing", ("loss_type",), _one_for_several("label_smoothing", SMOOTHING, 0.0, SMOOTHED)),
     ("label_smoothing", ("loss_type",), _unread_by_losses("label_smoothing", SMOOTHED)),
     ("label_smoothing", ("loss_type",), _unsmoothed_exo),
     ("length_normalized", ("loss_type",), _unread_by_losses("length_normalized", frozenset({"ipo"}))),
@@ -101,7 +123,7 @@ PREFERENCE_RULES: tuple[tuple[str, tuple[str, ...], Callable[[StageView], str | 
         _unread_without("f_alpha_divergence_coef", "f_divergence_type", "alpha_divergence"),
     ),
     ("use_weighting", ("loss_type",), _unsortable_weights),
-    ("sync_ref_model", ("adapter", "precompute_ref_log_probs"), _immovable),
+    ("sync_ref_model", ("adapter", "load_best_model_at_end", "precompute_ref_log_probs"), _immovable),
     ("ref_model_mixup_alpha", ("sync_ref_model",), _unread_without("ref_model_mixup_alpha", "sync_ref_model", True)),
     ("ref_model_sync_steps", ("sync_ref_model",), _unread_without("ref_model_sync_steps", "sync_ref_model", True)),
 )

@@ -1,11 +1,15 @@
 """The sampler's side of the forest: a prompt's keys and values once per group, each answer's own beside them.
 
 Axes: P groups (prompts), S slots (answers under way), H query heads, h key/value heads, r = H / h, E head size,
-L prompt tokens (padded), C answer tokens so far (padded), G slots of the widest group, U = P·h·G places of the grid.
+L prompt tokens (padded), C columns: one for each step taken, B of them in a block, U = P·h·G places of the grid, G
+slots of the widest group.
 
-A decode step runs S tokens, one per slot, through the model; each layer's attention comes here. Slots may be at
-different depths (their groups join at different times) and stand in any order: only the products with the prompts lay
-them out as a grid, by index. So when answers end, the last slots move into their places, and nothing else is copied.
+A decode step runs S tokens, one per slot, through the model; each layer's attention comes here. It writes one column,
+whatever the depth of each slot: a group that joins later does not look at the columns before. Columns are kept in
+blocks without a gap between slots, which is how memory is read fastest; blocks of one size are merged, so they are few.
+
+Slots stand in any order: only the products with the prompts lay them out as a grid, by index. So when answers end, the
+last slots move into their places, and nothing else is copied.
 """
 
 from __future__ import annotations
@@ -19,18 +23,36 @@ from torch import Tensor
 
 from posttrain.models.attention import AttentionCall
 
-GROW = 32  # answer slots are allocated in multiples of this many tokens
+GROW = 32  # columns of a new block
 DROP = 8  # prompts leave when one in so many has no answer under way: before, moving the others costs more
 
 
 @dataclass
 class LayerCache:
-    """The first slots of `own` are in use, and of those the first tokens."""
-
     prompt_k_PhLE: Tensor
     prompt_v_PhLE: Tensor
-    own_k_ShCE: Tensor
-    own_v_ShCE: Tensor
+    own: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # keys and values, (S or more, h, B, E) each
+
+    @property
+    def room(self) -> int:
+        return sum(k.shape[2] for k, _ in self.own)
+
+    def widen(self, k_ShE: Tensor, v_ShE: Tensor) -> None:
+        """Another block of columns, for slots with such keys and values."""
+        n_slots, own = len(k_ShE), self.own
+        while len(own) > 1 and own[-1][0].shape[2] == own[-2][0].shape[2]:
+            pairs = zip(own[-2], own.pop(), strict=True)
+            k, v = (torch.cat([a[:n_slots], b[:n_slots]], dim=2) for a, b in pairs)
+            own[-1] = k, v
+        k, v = (x.new_zeros((*x.shape[:2], GROW, x.shape[2])) for x in (k_ShE, v_ShE))
+        own.append((k, v))
+
+    def forget(self, n_columns: int) -> None:
+        """Without the first columns."""
+        while self.own and (cut := min(n_columns, self.own[0][0].shape[2])):
+            n_columns -= cut
+            k, v = (x[:, :, cut:].contiguous() for x in self.own[0])
+            self.own[:1] = [(k, v)] if k.shape[2] else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,100 +86,96 @@ class ForestCache:
     """Keys and values of all layers for S slots in P groups."""
 
     prompt_length_P: np.ndarray
-    answer_length_S: np.ndarray  # tokens already cached
     group_S: np.ndarray
-    most_tokens: int  # of one answer: more room is never made
+    begun_S: np.ndarray  # the column of each answer's first token
+    most_tokens: int  # of one answer
+    n_columns: int = 0
     layers: dict[int, LayerCache] = field(default_factory=dict)
-    _grids: dict[int, Grid | None] = field(default_factory=dict)  # by key heads, while slots stay where they are
-    _now: tuple[int, bool] | None = None  # tokens of the longest answer with the new one; whether all are as long
-    _biases: dict[int | None, Tensor | None] = field(default_factory=dict)  # by window, for one step
+    _grids: dict[int, Grid | None] = field(default_factory=dict)  # by key heads
+    _biases: dict[int | None, Tensor | None] = field(default_factory=dict)  # by window
 
     @property
     def depth_S(self) -> np.ndarray:
-        """Position id of the next token of each slot."""
-        return self.prompt_length_P[self.group_S] + self.answer_length_S
+        """Position id of the next token of each slot. One that has ended and is still here goes on no further than it
+        could have."""
+        n_tokens_S = np.minimum(self.n_columns - self.begun_S, self.most_tokens - 1)
+        return self.prompt_length_P[self.group_S] + n_tokens_S
 
     @property
     def device(self) -> torch.device:
         return next(iter(self.layers.values())).prompt_k_PhLE.device
 
     def advance(self) -> None:
-        """After a decode step: every answer is one token longer, but none takes more room than there can be (one that
-        has ended may still be here)."""
-        self.answer_length_S = np.minimum(self.answer_length_S + 1, self.most_tokens - 1)
-        self._now = None
-        self._biases.clear()
+        """After a decode step: every answer is one token longer."""
+        self.n_columns += 1
+        if self.begun_S.any():
+            self._biases.clear()
+        else:  # where answers are whole, what hides their prompts' padding stays as it is
+            self._biases = {window: bias for window, bias in self._biases.items() if window is None}
 
     def attend(self, call: AttentionCall, q_SHE: Tensor, k_ShE: Tensor, v_ShE: Tensor) -> Tensor:
         """One new token per slot sees its prompt, its own answer so far and itself."""
         layer = self.layers[call.layer]
         n_slots, n_heads, size = q_SHE.shape
-        n_kv, n_prompt, n_units = k_ShE.shape[1], layer.prompt_k_PhLE.shape[2], k_ShE.shape[0] * k_ShE.shape[1]
-        share, (n_answer, together) = n_heads // n_kv, self._depths()
-        self._append(layer, k_ShE, v_ShE, n_answer, together)
-        scale = call.scale if call.scale is not None else size**-0.5
-        grid = self._grid(n_kv)
+        n_kv, n_prompt = k_ShE.shape[1], layer.prompt_k_PhLE.shape[2]
+        share, scale, grid = n_heads // n_kv, call.scale, self._grid(n_kv)
+        if scale is None:
+            scale = size**-0.5
+        own = self._own(layer, k_ShE, v_ShE)
 
-        q_UrE = (q_SHE if scale == 1.0 else q_SHE * scale).reshape(n_units, share, size)
-        own_k, own_v = (
-            own[:n_slots].view(n_units, *own.shape[2:])[:, :n_answer] for own in (layer.own_k_ShCE, layer.own_v_ShCE)
-        )
+        q_UrE = (q_SHE if scale == 1.0 else q_SHE * scale).reshape(n_slots * n_kv, share, size)
         from_prompts = _beside_prompts(grid, q_UrE, layer.prompt_k_PhLE.flatten(0, 1).transpose(1, 2))
-        scores = torch.cat([from_prompts, torch.bmm(q_UrE, own_k.transpose(1, 2))], dim=-1)
+        scores = torch.cat([from_prompts, *(torch.bmm(q_UrE, k_UBE.transpose(1, 2)) for k_UBE, _ in own)], dim=-1)
         if call.softcap is not None:
             scores = scores.div_(call.softcap).tanh_().mul_(call.softcap)
-        if (bias := self._bias(n_prompt, n_answer, call.window)) is not None:
+        if (bias := self._bias(n_prompt, call.window)) is not None:
             scores.view(n_slots, n_kv, share, -1)[..., : bias.shape[-1]] += bias
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(v_ShE.dtype)
         out = _beside_prompts(grid, weights[:, :, :n_prompt], layer.prompt_v_PhLE.flatten(0, 1))
-        out.baddbmm_(weights[:, :, n_prompt:], own_v)
+        at = n_prompt
+        for _, v_UBE in own:
+            out.baddbmm_(weights[:, :, at : at + v_UBE.shape[1]], v_UBE)
+            at += v_UBE.shape[1]
         return out.view(n_slots, n_heads, -1)  # values may be narrower than keys
 
-    def _depths(self) -> tuple[int, bool]:
-        if self._now is None:
-            longest = int(self.answer_length_S.max())
-            self._now = longest + 1, longest == int(self.answer_length_S.min())
-        return self._now
+    def _own(self, layer: LayerCache, k_ShE: Tensor, v_ShE: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Write this step's column; the keys and values of all, (S·h, B, E) in each block."""
+        if layer.room == self.n_columns:
+            layer.widen(k_ShE, v_ShE)
+        last_k, last_v = layer.own[-1]
+        n_slots, n_last = len(k_ShE), self.n_columns - layer.room + last_k.shape[2] + 1
+        last_k[:n_slots, :, n_last - 1] = k_ShE
+        last_v[:n_slots, :, n_last - 1] = v_ShE
+        found = [(k[:n_slots].flatten(0, 1), v[:n_slots].flatten(0, 1)) for k, v in layer.own]
+        k_UBE, v_UBE = found[-1]
+        found[-1] = k_UBE[:, :n_last], v_UBE[:, :n_last]
+        return found
 
     def _grid(self, n_kv: int) -> Grid | None:
         if n_kv not in self._grids:
             self._grids[n_kv] = Grid.of(self.group_S, len(self.prompt_length_P), n_kv, self.device)
         return self._grids[n_kv]
 
-    def _append(self, layer: LayerCache, k_ShE: Tensor, v_ShE: Tensor, n_answer: int, together: bool) -> None:
-        if n_answer > layer.own_k_ShCE.shape[2]:
-            room = min(2 * layer.own_k_ShCE.shape[2], _room(self.most_tokens))
-            layer.own_k_ShCE = _grown(layer.own_k_ShCE, len(k_ShE), room)
-            layer.own_v_ShCE = _grown(layer.own_v_ShCE, len(v_ShE), room)
-        if together:
-            layer.own_k_ShCE[: len(k_ShE), :, n_answer - 1] = k_ShE
-            layer.own_v_ShCE[: len(v_ShE), :, n_answer - 1] = v_ShE
-            return
-        at_S = torch.from_numpy(self.answer_length_S).to(k_ShE.device)
-        slot_S = torch.arange(len(k_ShE), device=k_ShE.device)
-        layer.own_k_ShCE[slot_S, :, at_S] = k_ShE
-        layer.own_v_ShCE[slot_S, :, at_S] = v_ShE
-
-    def _bias(self, n_prompt: int, n_answer: int, window: int | None) -> Tensor | None:
-        """(S, 1, 1, n_prompt + n_answer), or as many of those as matter: −inf where a new token must not look. None
-        where it sees everything."""
+    def _bias(self, n_prompt: int, window: int | None) -> Tensor | None:
+        """(S, 1, 1, n_prompt + C), or as many of those as matter: −inf where a new token must not look. None where it
+        sees everything."""
         if window not in self._biases:
-            hidden = ~self._seen(n_prompt, n_answer, window)
+            hidden = ~self._seen(n_prompt, window)
             if not hidden[:, n_prompt:].any():
                 hidden = hidden[:, :n_prompt]
             bias = np.where(hidden, np.float32("-inf"), np.float32(0.0))[:, None, None]
             self._biases[window] = torch.from_numpy(bias).to(self.device) if hidden.any() else None
         return self._biases[window]
 
-    def _seen(self, n_prompt: int, n_answer: int, window: int | None) -> np.ndarray:
-        """(S, n_prompt + n_answer) bool: the keys a new token of each slot may see."""
-        at_L, at_C = np.arange(n_prompt), np.arange(n_answer)
-        prompts_S1 = self.prompt_length_P[self.group_S][:, None]
-        answers_S1 = self.answer_length_S[:, None]
-        seen = np.concatenate([at_L < prompts_S1, at_C <= answers_S1], axis=1)
+    def _seen(self, n_prompt: int, window: int | None) -> np.ndarray:
+        """(S, n_prompt + C) bool: the keys a new token of each slot may see."""
+        at_L, at_C = np.arange(n_prompt), np.arange(self.n_columns + 1)
+        prompts_S1, begun_S1 = self.prompt_length_P[self.group_S][:, None], self.begun_S[:, None]
+        seen = np.concatenate([at_L < prompts_S1, at_C >= begun_S1], axis=1)
         if window is not None:
-            depth = np.concatenate([np.broadcast_to(at_L, (len(prompts_S1), n_prompt)), prompts_S1 + at_C], axis=1)
-            seen &= depth > prompts_S1 + answers_S1 - window
+            of_answers = prompts_S1 + at_C - begun_S1
+            depth = np.concatenate([np.broadcast_to(at_L, (len(prompts_S1), n_prompt)), of_answers], axis=1)
+            seen &= depth > prompts_S1 + self.n_columns - begun_S1 - window
         return seen
 
     def keep(self, slot_K: np.ndarray) -> np.ndarray:
@@ -165,20 +183,26 @@ class ForestCache:
         slot now stands at each place."""
         n_kept = len(slot_K)
         order_K = np.arange(n_kept)
-        order_K[np.setdiff1d(order_K, slot_K)] = moved = slot_K[slot_K >= n_kept]
+        free = np.setdiff1d(order_K, slot_K)
+        order_K[free] = moved = slot_K[slot_K >= n_kept]
         if len(moved):
-            longest = int(self.answer_length_S.max())
-            free = torch.from_numpy(np.setdiff1d(np.arange(n_kept), slot_K)).to(self.device)
-            from_ = torch.from_numpy(moved).to(self.device)
-            for layer in self.layers.values():
-                for own in (layer.own_k_ShCE, layer.own_v_ShCE):
-                    own[:, :, :longest].index_copy_(0, free, own[:, :, :longest].index_select(0, from_))
-        self.group_S, self.answer_length_S = self.group_S[order_K], self.answer_length_S[order_K]
-        self._now = None
+            to, from_ = torch.from_numpy(free).to(self.device), torch.from_numpy(moved).to(self.device)
+            for x in (x for layer in self.layers.values() for block in layer.own for x in block):
+                x.index_copy_(0, to, x.index_select(0, from_))
+        self.group_S, self.begun_S = self.group_S[order_K], self.begun_S[order_K]
+        self._drop_columns()
+        self._drop_prompts()
         self._grids.clear()
         self._biases.clear()
-        self._drop_prompts()
         return order_K
+
+    def _drop_columns(self) -> None:
+        """Forget what was before the oldest answer."""
+        if (spare := int(self.begun_S.min()) // GROW * GROW) > 0:
+            for layer in self.layers.values():
+                layer.forget(spare)
+            self.begun_S = self.begun_S - spare
+            self.n_columns -= spare
 
     def _drop_prompts(self) -> None:
         """Forget groups without a slot; the others then stand in the order of their first slots."""
@@ -198,21 +222,22 @@ class ForestCache:
             layer.prompt_v_PhLE = layer.prompt_v_PhLE[:, :, :longest].index_select(0, index_Q)
 
     def join(self, other: ForestCache) -> ForestCache:
-        """Both caches' groups in one."""
+        """Both caches' groups in one. The other's answers have not taken a step."""
+        assert other.n_columns == 0
         joined = ForestCache(
             np.concatenate([self.prompt_length_P, other.prompt_length_P]),
-            np.concatenate([self.answer_length_S, other.answer_length_S]),
             np.concatenate([self.group_S, other.group_S + len(self.prompt_length_P)]),
+            np.concatenate([self.begun_S, other.begun_S + self.n_columns]),
             max(self.most_tokens, other.most_tokens),
+            self.n_columns,
         )
-        n_a, n_b = len(self.group_S), len(other.group_S)
+        n_slots, n_more = len(self.group_S), len(other.group_S)
         for index, a in self.layers.items():
             b = other.layers[index]
             joined.layers[index] = LayerCache(
                 _cat_padded(a.prompt_k_PhLE, b.prompt_k_PhLE),
                 _cat_padded(a.prompt_v_PhLE, b.prompt_v_PhLE),
-                _cat_padded(a.own_k_ShCE[:n_a], b.own_k_ShCE[:n_b]),
-                _cat_padded(a.own_v_ShCE[:n_a], b.own_v_ShCE[:n_b]),
+                [(_more(k[:n_slots], n_more), _more(v[:n_slots], n_more)) for k, v in a.own],
             )
         return joined
 
@@ -226,14 +251,8 @@ def _beside_prompts(grid: Grid | None, x_UrX: Tensor, prompt_PhXY: Tensor) -> Te
     return torch.bmm(laid, prompt_PhXY).view(-1, share, outer).index_select(0, grid.place_Sh)
 
 
-def _room(n_tokens: int) -> int:
-    return -(-n_tokens // GROW) * GROW
-
-
-def _grown(x_ShCE: Tensor, n_slots: int, room: int) -> Tensor:
-    out = x_ShCE.new_zeros((n_slots, x_ShCE.shape[1], room, x_ShCE.shape[3]))
-    out[:, :, : x_ShCE.shape[2]] = x_ShCE[:n_slots]
-    return out
+def _more(x_ShBE: Tensor, n_slots: int) -> Tensor:
+    return torch.cat([x_ShBE, x_ShBE.new_zeros((n_slots, *x_ShBE.shape[1:]))])
 
 
 def _cat_padded(a: Tensor, b: Tensor) -> Tensor:
@@ -258,13 +277,9 @@ def prefill_cache(
     index_PL = np.minimum(np.arange(max(lengths)), length_P[:, None] - 1) + (length_P.cumsum() - length_P)[:, None]
     index = torch.from_numpy(index_PL).to(first_k.device)
     group_S = np.arange(len(lengths)).repeat(n_slots)
-    cache = ForestCache(length_P, np.zeros_like(group_S), group_S, most_tokens)
+    cache = ForestCache(length_P, group_S, np.zeros_like(group_S), most_tokens)
     for layer, (k_ThE, v_ThE) in kept.items():
-        empty = (len(group_S), k_ThE.shape[1], min(GROW, _room(most_tokens)))
         cache.layers[layer] = LayerCache(
-            k_ThE[index].transpose(1, 2).contiguous(),
-            v_ThE[index].transpose(1, 2).contiguous(),
-            k_ThE.new_zeros((*empty, k_ThE.shape[2])),
-            v_ThE.new_zeros((*empty, v_ThE.shape[2])),
+            k_ThE[index].transpose(1, 2).contiguous(), v_ThE[index].transpose(1, 2).contiguous()
         )
     return cache

@@ -64,7 +64,7 @@ class Scorer:
             Answer(row.prompt + side[:-1], side[-1].content) for row in rows for side in (row.chosen, row.rejected)
         ]
         verdicts = iter(self.answers(sides))
-        return [(_logit(next(verdicts)), _logit(next(verdicts))) for _ in rows]
+        return [(logit(next(verdicts)), logit(next(verdicts))) for _ in rows]
 
     def answers(self, asked: Sequence[Answer]) -> list[Verdict]:
         """One verdict per answer, in order. One that cannot be read, or is too long, gets none; the others do."""
@@ -156,7 +156,10 @@ def _refuse_other_tokenizer(model: Policy, source: str) -> None:
         )
 
 
-def _logit(verdict: Verdict) -> float:
+def logit(verdict: Verdict) -> float:
+    """One number for the answer, as unbounded as the model's own: its score, or the logit of its steps' aggregate."""
+    if len(verdict.scores) == 1:
+        return verdict.scores[0]
     if verdict.value is None:
         raise PosttrainError(f"an answer of a pair could not be scored: {verdict.detail}.")
     p = min(max(verdict.value, 1e-12), 1 - 1e-12)

@@ -80,7 +80,9 @@ class DPOSettings(ReferenceSettings):
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = Field(
         default="reverse_kl", description="the divergence from the reference that is kept small"
     )
-    f_alpha_divergence_coef: float = Field(default=0.5, description="α of alpha_divergence; 1 is reverse_kl")
+    f_alpha_divergence_coef: float = Field(
+        default=0.5, description="alpha_divergence: 1 is reverse_kl, 0 forward_kl (1 − the α of the paper)"
+    )
     ld_alpha: Share | None = Field(
         default=None, description="LD-DPO: weight of tokens beyond the shorter answer's length; 1 is DPO"
     )

@@ -154,6 +154,12 @@ def _from_stepwise(row: RawRow) -> Stepwise:
     for i, step in enumerate(steps):
         if not isinstance(step, str) or not step.strip():
             raise DataError(f"steps[{i}] must be text and not empty; it is {step!r:.60}.", where=row.where)
+        if "\n" in step.strip():
+            raise DataError(
+                f"steps[{i}] has several lines; an answer is read step by step at the ends of its lines.",
+                where=row.where,
+                remedy="Make it one line, or several steps with a label each.",
+            )
     rights = tuple(_right(label, i, row) for i, label in enumerate(labels))
     return Stepwise(row.id, prompt_of(row), tuple(steps), rights)
 
