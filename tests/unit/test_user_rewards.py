@@ -303,8 +303,7 @@ stages:
 
 def test_a_recipe_checks_the_file_and_its_bytes_are_part_of_the_stages_meaning(mine: Path) -> None:
     from posttrain.gate.ahead import read_ahead
-    from posttrain.pipeline.identity import Parent, stage_fingerprint
-    from posttrain.pipeline.stage import _with_files
+    from posttrain.pipeline.identity import Parent, stage_fingerprint, with_files
     from posttrain.recipe import load_recipe
     from posttrain.registry.manifest import BaseRef
 
@@ -314,7 +313,7 @@ def test_a_recipe_checks_the_file_and_its_bytes_are_part_of_the_stages_meaning(m
     recipe = load_recipe(str(written), [])
     read_ahead(recipe)
     (stage,) = recipe.stages
-    handed_over: Any = _with_files(stage.settings, recipe)
+    handed_over: Any = with_files(stage.settings, recipe)
     assert handed_over.rewards == ["math", {"file": str(mine), "function": "letters", "weight": 0.5}]
 
     def meaning() -> str:
