@@ -6,8 +6,8 @@
 The packaged base model is trained by SFT on chosen answers, then by each loss from that same start, once per seed.
 
 Prompts fall into three parts by their hash: rows to train on, a development part, and a held-out part. Learning rates
-were chosen on the development part alone (`--tune`), which is also the part that an earlier form of this study was
-tuned on; the held-out part has decided nothing. Of a development or held-out prompt one pair counts, so that pairs are
+were chosen by accuracy on the development part, in an earlier form of this study; `--tune` tries rates there again.
+The held-out part has decided nothing. Of a development or held-out prompt one pair counts, so that pairs are
 independent.
 
 A pair is ranked right when the chosen answer gained more log-probability on the SFT model than the rejected one: per
