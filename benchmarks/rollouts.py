@@ -10,8 +10,11 @@ Sides take turns; ratios are of tokens a second within one round. One JSON line 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -150,8 +153,6 @@ for line in sys.stdin:
 
 
 def vllm(python: str, model: Path, questions: list[str]) -> Side:
-    import os
-
     _, tokenizer, ids = _hugging_face(model, questions)
     once = json.dumps([ids[i * ANSWERS] for i in range(PROMPTS)])
     environment = os.environ | {
@@ -159,7 +160,10 @@ def vllm(python: str, model: Path, questions: list[str]) -> Side:
         "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }  # fmt: skip
     command = [python, "-c", VLLM, str(model), once, *map(str, (ANSWERS, NEW_TOKENS, tokenizer.eos_token_id))]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    atexit.register(os.killpg, child.pid, signal.SIGKILL)
     assert child.stdin is not None
     assert child.stdout is not None
     asked, said = child.stdin, child.stdout
@@ -171,11 +175,15 @@ def vllm(python: str, model: Path, questions: list[str]) -> Side:
         raise SystemExit(f"vLLM ended ({child.wait()}); what it said is above. Its command: {command[0]} -c … {model}")
 
     read_line()
+    os.killpg(child.pid, signal.SIGSTOP)  # its processes poll, and would work while the others are timed
 
     def side(number: int) -> int:
+        os.killpg(child.pid, signal.SIGCONT)
         asked.write(f"{number}\n")
         asked.flush()
-        return read_line()["tokens"]
+        n_tokens = read_line()["tokens"]
+        os.killpg(child.pid, signal.SIGSTOP)
+        return n_tokens
 
     return side
 

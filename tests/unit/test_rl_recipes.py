@@ -100,6 +100,7 @@ def test_explain_names_the_paper_and_both_values_where_the_recipe_says_otherwise
     [
         ("rloo", "beta", 0.05, "chosen here, it is not the paper's"),
         ("reinforce++", "beta", 0.01, "chosen here, it is not the paper's"),
+        ("grpo", "epsilon", 0.2, "as in PPO; the paper takes one step a batch and prints none"),
         ("cispo", "epsilon_high", 4.0, "its paper does not print the bound"),
         ("gspo", "old_log_probs", "trainer", "the band is narrower than rounding in bfloat16"),
     ],

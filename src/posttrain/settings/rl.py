@@ -171,8 +171,9 @@ PRESETS: dict[str, Preset] = {
     "grpo": Preset(
         "GRPO",
         "Shao et al. 2024, DeepSeekMath",
-        {"advantage": "group", "policy_loss": "clip", "epsilon": 0.2, "aggregation": "sequence_mean",
+        {"advantage": "group", "policy_loss": "clip", "aggregation": "sequence_mean",
          "kl_estimator": "k3", "kl_in": "loss"},
+        chosen={"epsilon": (0.2, "as in PPO; the paper takes one step a batch and prints none")},
     ),
     "dapo": Preset(
         "DAPO",
