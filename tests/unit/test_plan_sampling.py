@@ -40,16 +40,18 @@ def test_the_plan_holds_what_the_sampler_takes(asking: Asking) -> None:
     with Ledger([*model.parameters(), *model.buffers()]) as ledger:
         engine.generate(requests, Sampling(asking.answer, stop_token_ids=()))
     planned = sampling_parts(shape, FLOAT, HERE, asking)
-    assert sum(planned.values()) == pytest.approx(ledger.peak, rel=0.15)
+    # Prompts are taken to be read as rows to score are, which holds more beside keys and values than the sampler does.
+    assert 0.95 < sum(planned.values()) / ledger.peak < 1.3
 
 
 def test_joined_weights_by_hand() -> None:
-    """Queries, keys and values as one matrix, gate and up as another, the two norms over heads row by row; and cosine
-    and sine of every position."""
+    """Queries, keys and values as one matrix, gate and up as another, the two norms over heads row by row, the head
+    with the last norm's weights; and cosine and sine of every position and pair."""
     shape = shape_of()
     width, inner, heads, kv, size, layers = 32, 48, 4, 2, 8, 3
     joined = layers * ((heads + 2 * kv) * size * width + 2 * inner * width + (heads + kv) * size)
-    assert sampler_copies(shape, FLOAT, 100) == 4 * (joined + 2 * 100 * size)
+    head, turns = 97 * width, 100 * size
+    assert sampler_copies(shape, FLOAT, 100) == 4 * (joined + head + turns)
     assert COPIES in sampling_parts(shape, FLOAT, HERE, Asking(1, 1, 10, 10))
 
 

@@ -254,8 +254,7 @@ def _prefill(shape: Shape, setup: Setup, asking: Asking, groups: int, cell: int,
     n_prompts = max(1, min(groups, PREFILL_TOKENS // asking.prompt))
     prompts = [Tree("prompt", (0,) * asking.prompt, (Branch((0,), (True,)),))] * n_prompts
     kept = cell * n_prompts * asking.prompt
-    laid_out = kept + cell * n_prompts * asking.n_answers * GROW
-    read = kept + max(trace_scoring(shape, setup, prompts).peak, laid_out)
+    read = kept + max(trace_scoring(shape, setup, prompts).peak, kept)
     return read if n_prompts == groups else read + cache
 
 

@@ -20,11 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain.models.adapters import linear_layers, put_on
 from posttrain.models.attention import ForestUnsupported
+from posttrain.models.decode import PACKED_FROM, Decoder
 from posttrain.models.forest import build_forest
 from posttrain.models.load import checkpoint_activations
 from posttrain.models.merge import merged_state
 from posttrain.models.padded import build_padded
 from posttrain.models.policy import Policy, disable_dropout
+from posttrain.models.products import has_onednn
 from posttrain.models.straight import Layer, Straight
 from posttrain.models.value import ANSWER, put_score, read_scores
 from posttrain.plan.kernels import kernels_of
@@ -150,15 +152,17 @@ def trace_scoring(shape: Shape, setup: Setup, trees: Sequence[Tree]) -> Traced:
 
 
 def sampler_copies(shape: Shape, setup: Setup, n_positions: int) -> int:
-    """Bytes of what the sampler makes of the weights before it draws: joined ones, and the turns of all positions."""
+    """Bytes of what the sampler makes of the weights before it draws (`models.decode`)."""
     if setup.adapter != "none" or setup.autocast or setup.layout != "forest" or setup.compute != torch.float32:
         return 0  # as `Policy.straight` decides; the model below is in float32
     policy = Policy(shape.whole.eval(), None)
     use_forest(policy.model)
-    with Ledger([*policy.model.parameters(), *policy.model.buffers()]) as ledger:
+    with torch.no_grad(), Ledger([*policy.model.parameters(), *policy.model.buffers()]) as ledger:
         way = policy.for_sampling(n_positions)
     made = ledger.live
-    del way
+    if setup.device == "cpu" and has_onednn() and isinstance(decoder := getattr(way, "__self__", None), Decoder):
+        whole = [weight for layer in decoder.straight.layers for weight in (layer.o.weight, layer.down.weight)]
+        made += sum(_size(weight) for weight in whole if weight.numel() >= PACKED_FROM)  # laid out anew, not joined
     return made
 
 
