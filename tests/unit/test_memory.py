@@ -79,7 +79,7 @@ def test_sampling_that_does_not_fit(fault: Any, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_reference_that_does_not_fit(lora: bool, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = Reference(toy.policy_for("dpo", lora=lora))
-    monkeypatch.setattr(Policy, "score", lambda *_, **__: refuse(fault))
+    monkeypatch.setattr(Policy, "logps", lambda *_, **__: refuse(fault))
     with pytest.raises(DoesNotFit, match=r"while asking the reference.*Lower micro_batch_tokens"):
         reference.logps([])
 
