@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,6 +28,15 @@ def test_products_are_those_of_double_precision(shape: tuple[int, int, int]) -> 
         (products.product_onto(base, x, weight), base.double() + exact),
     ):
         torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available(),
+    reason="no x86 CPU, or a torch without oneDNN: torch's own products are right here",
+)
+def test_they_are_used_where_they_are_to_be_had() -> None:
+    """A comparison too strict for rounding would switch them off without a word."""
+    assert products.has_onednn()
 
 
 def test_turned_weights_and_sliced_rows_are_read_as_they_lie() -> None:
