@@ -18,7 +18,7 @@ CPU_SAYS = ("can't allocate memory", "not enough memory")
 
 # glibc's mallopt: from which size a block is a mapping of its own, and how much free memory its heap may hold.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-MAPPED_FROM = 32 << 20
+MAPPED_FROM = 16 << 20
 HELD = 256 << 20
 
 ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
