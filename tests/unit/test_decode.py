@@ -11,6 +11,7 @@ import torch
 from tiny import random_tree, tiny_policy
 
 from posttrain.models import decode
+from posttrain.models.attention import AttentionCall
 from posttrain.models.decode import decoder_of
 from posttrain.models.policy import Policy
 from posttrain.records import Branch, Completion, Request, Sampling, Tree
@@ -98,6 +99,18 @@ def test_groups_that_join_late_see_their_own_columns_only(arch: str, monkeypatch
     assert gap(policy, requests, groups) <= TOLERANCE
     alone = [LocalEngine(policy, str).generate([r], how)[0] for r in requests]
     assert [c.token_ids for c in chain(*groups)] == [c.token_ids for c in chain(*alone)]
+
+
+def test_double_precision_stays_what_it_is() -> None:
+    draw = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 2, 4, generator=draw, dtype=torch.float64) for _ in range(3))
+    prompt = torch.randn(2, 1, 2, 3, 4, generator=draw, dtype=torch.float64)
+    layer = LayerCache(prompt[0], prompt[1])
+    found = ForestCache(np.array([3]), np.array([0]), np.array([0]), 9, layers={0: layer})
+    seen = found.attend(AttentionCall(0, None, None, None, 0.0), q, k, v)
+    keys, values = (torch.cat([prompt[i][0], x[0][:, None]], dim=1) for i, x in enumerate((k, v)))
+    weights = (torch.einsum("he,hle->hl", q[0], keys) / 2).softmax(-1)
+    torch.testing.assert_close(seen[0], torch.einsum("hl,hle->he", weights, values), atol=1e-14, rtol=0)
 
 
 def test_blocks_stay_few_and_whole() -> None:

@@ -8,6 +8,7 @@ from tiny import HEADS, mixed_trees, stock_logps, tiny_policy
 from torch import Tensor
 
 from posttrain.errors import ModelError
+from posttrain.methods.distill import _logits
 from posttrain.models import head as head_module
 from posttrain.models.head import Head, score
 from posttrain.models.load import choose_layout
@@ -194,6 +195,30 @@ def test_under_autocast_the_products_are_of_its_type(kept: int, monkeypatch: pyt
         torch.testing.assert_close(ours, plain, atol=0.02 * float(plain.abs().max()), rtol=0)
     torch.testing.assert_close(head.logits(hidden), low.logits(hidden.bfloat16()), atol=0, rtol=0)
     assert tiny_policy("qwen3").head.compute is None
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_logits_on_a_gpu_s_tensor_cores_carry_gradients(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's product that is wider than its factors is only there on a GPU, and has no derivative."""
+    exact_ND, _, exact = inputs(torch.float32, bias=True)
+    hidden_ND = exact_ND.clone().requires_grad_()
+    head = Head(exact.weight_VD.clone().requires_grad_(), exact.bias_V, softcap, 0.5, torch.bfloat16)
+    slow_ND, slow = exact_ND.requires_grad_(), Head(exact.weight_VD.requires_grad_(), exact.bias_V, softcap, 0.5)
+    asked: list[torch.dtype] = []
+
+    def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        asked.append(a.dtype)
+        return a.detach().to(out_dtype) @ b.detach().to(out_dtype)
+
+    factor_NV = torch.linspace(-1, 1, N * V).view(N, V)
+    (_logits(slow, slow_ND, 0.7) * factor_NV).sum().backward()
+    monkeypatch.setattr(head_module, "_has_wide_products", lambda x: x.dtype in head_module.HALF)
+    monkeypatch.setattr(torch, "mm", mm)
+    (_logits(head, hidden_ND, 0.7) * factor_NV).sum().backward()
+    assert asked == [torch.bfloat16]
+    for ours, plain in ((hidden_ND.grad, slow_ND.grad), (head.weight_VD.grad, slow.weight_VD.grad)):
+        assert ours is not None
+        torch.testing.assert_close(ours, plain, atol=0.02 * float(plain.abs().max()), rtol=0)
 
 
 def test_bfloat16_is_summed_in_float32() -> None:

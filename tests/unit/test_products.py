@@ -47,6 +47,21 @@ def test_turned_weights_and_sliced_rows_are_read_as_they_lie() -> None:
     torch.testing.assert_close(products.product(rows, weight), rows @ weight.t(), atol=1e-4, rtol=1e-5)
 
 
+def test_every_other_number_is_no_bias_of_its_neighbours() -> None:
+    x, weight, bias, _ = tensors(16, 8, 5)
+    apart = torch.stack([bias, torch.full_like(bias, 1e6)], dim=1)[:, 0]
+    with torch.no_grad():
+        torch.testing.assert_close(products.product(x, weight, apart), x @ weight.t() + bias, atol=1e-4, rtol=1e-5)
+
+
+def test_what_is_added_may_be_all_that_trains() -> None:
+    x, weight, bias, base = tensors(16, 8, 5)
+    products.product(x, weight, bias.requires_grad_()).sum().backward()
+    products.product_onto(base.requires_grad_(), x, weight).sum().backward()
+    assert torch.equal(bias.grad, torch.full((5,), 16.0))
+    assert torch.equal(base.grad, torch.ones(16, 5))
+
+
 def test_where_a_gradient_is_recorded_torch_takes_over() -> None:
     x, weight, bias, base = tensors(16, 8, 5)
     weight.requires_grad_()

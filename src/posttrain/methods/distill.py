@@ -12,7 +12,7 @@ Left out: answers sampled from the teacher, a reward beside the divergence, conv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -179,7 +179,7 @@ def _logits(head: Head, hidden_RD: Tensor, temperature: float) -> Tensor:
     """As `Head.logits`, which works in place: under a soft cap autograd would read what is overwritten."""
     if head.softcap is None:
         return head.logits(hidden_RD, temperature)
-    raw_RV = Head(head.weight_VD, head.bias_V).logits(hidden_RD)
+    raw_RV = replace(head, softcap=None, scale=1.0).logits(hidden_RD)
     return torch.tanh(raw_RV * (head.scale / head.softcap)) * (head.softcap / temperature)
 
 

@@ -14,9 +14,11 @@ after, so it is formed in the forward pass, and never read there again:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from posttrain.models.products import product
 
@@ -63,16 +65,38 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _has_wide_products(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in HALF
+
+
 def _wide_product(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
     """x Wᵀ in float32 or wider. On a GPU the factors stay in 16 bits and the sums are never rounded to them."""
-    if x_ND.is_cuda and x_ND.dtype in HALF:
-        return torch.mm(x_ND, weight_VD.T, out_dtype=torch.float32)
+    if _has_wide_products(x_ND):
+        found: Tensor = _WideProduct.apply(x_ND, weight_VD)
+        return found
     return product(x_ND, weight_VD).to(_wide(x_ND))
+
+
+class _WideProduct(torch.autograd.Function):
+    """torch has no derivative of a product that is wider than its factors; distillation takes one of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_VD)
+        return torch.mm(x_ND, weight_VD.T, out_dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_ND, weight_VD = ctx.saved_tensors
+        grad_NV = grad_NV.to(x_ND.dtype)
+        needs = ctx.needs_input_grad
+        return grad_NV @ weight_VD if needs[0] else None, grad_NV.T @ x_ND if needs[1] else None
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
     """into += left right, `into` in float32 or wider. Widened factors would not run on a GPU's tensor cores."""
-    if left.is_cuda and left.dtype in HALF:
+    if _has_wide_products(left):
         into += torch.mm(left, right, out_dtype=torch.float32)
     else:
         into.addmm_(left.to(into.dtype), right.to(into.dtype))

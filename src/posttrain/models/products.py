@@ -44,6 +44,8 @@ def pack(weight_FD: Tensor) -> Tensor:
 
 
 def onednn(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    if bias_F is not None:
+        bias_F = bias_F.contiguous()  # the kernel takes its numbers as they lie, whatever its stride
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x_TD, weight_FD, bias_F, "none", [], "")
     return found
 
@@ -53,25 +55,26 @@ def _onednn_onto(base_TF: Tensor, x_TD: Tensor, weight_FD: Tensor) -> Tensor:
     return found
 
 
-def _suits(x_TD: Tensor, weight_FD: Tensor) -> bool:
+def _suits(x_TD: Tensor, weight_FD: Tensor, added: Tensor | None) -> bool:
     return (
         x_TD.device.type == "cpu"
         and x_TD.dtype == weight_FD.dtype == torch.float32
         and x_TD.shape[0] > 0
-        and not (torch.is_grad_enabled() and (x_TD.requires_grad or weight_FD.requires_grad))
+        and (added is None or added.dtype == torch.float32)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, weight_FD, added) if t is not None))
         and has_onednn()
     )
 
 
 def product(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, (T, F)."""
-    if _suits(x_TD, weight_FD):
+    if _suits(x_TD, weight_FD, bias_F):
         return onednn(x_TD, weight_FD, bias_F)
     return F.linear(x_TD, weight_FD, bias_F)
 
 
 def product_onto(base_TF: Tensor, x_TD: Tensor, weight_FD: Tensor) -> Tensor:
     """base + x Wᵀ, (T, F)."""
-    if _suits(x_TD, weight_FD):
+    if _suits(x_TD, weight_FD, base_TF):
         return _onednn_onto(base_TF, x_TD, weight_FD)
     return torch.addmm(base_TF, x_TD, weight_FD.t())

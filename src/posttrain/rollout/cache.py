@@ -130,7 +130,8 @@ class ForestCache:
             scores = scores.div_(call.softcap).tanh_().mul_(call.softcap)
         if (bias := self._bias(n_prompt, call.window)) is not None:
             scores.view(n_slots, n_kv, share, -1)[..., : bias.shape[-1]] += bias
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(v_ShE.dtype)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.softmax(dim=-1, dtype=wide).to(v_ShE.dtype)
         out = _beside_prompts(grid, weights[:, :, :n_prompt], layer.prompt_v_PhLE.flatten(0, 1))
         at = n_prompt
         for _, v_UBE in own:
