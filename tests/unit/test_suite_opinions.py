@@ -31,9 +31,11 @@ from posttrain.gate.decide import judge
 from posttrain.gate.opinions import ANOTHER, DISORDER, EMPTY, hold_against, in_disorder, prove_opinion, wrong_answers
 from posttrain.gate.suites import Suite, grade, judged_by, load_suite
 from posttrain.pipeline import opinions as pipeline_opinions
+from posttrain.pipeline.scoring import RewardModel
 from posttrain.records import Completion, GateReport, Message, Opinion, Outcome, Sampling, Status, Task
 from posttrain.registry.card import verdict
 from posttrain.registry.manifest import from_json, read_manifest
+from posttrain.reporting import Reporter
 from posttrain.rollout.judges import Judges, ModelPart
 from posttrain.rollout.scorer import Answer, Verdict, open_scorer
 from posttrain.settings import GateSettings
@@ -158,7 +160,8 @@ def test_a_judge_that_knows_the_gold_answers_passes_with_its_figures() -> None:
             lambda _q, t: None if t[:4] == "gold" else 0.1,
             r"12 gold answers could not be read, the first of i:0: unread",
         ),
-        (lambda _q, _t: None, "could read neither gold answers nor wrong ones"),
+        (lambda _q, _t: None, "could read no wrong answer, so nothing shows that it tells gold"),
+        (lambda q, t: knows(q, t) if t[:4] == "gold" else None, "could read no wrong answer"),
     ],
 )
 def test_a_judge_that_cannot_tell_gold_from_wrong_is_refused(
@@ -206,6 +209,22 @@ def test_without_gold_answers_only_a_gate_that_was_passed_speaks_for_it() -> Non
     shown, (doubt,) = prove_opinion(suite([None] * 9), ByHand(knows), passed_elsewhere=True)  # type: ignore[arg-type]
     assert shown == ""
     assert "nothing shows that it tells good answers to these items from bad ones" in doubt
+
+
+def test_a_proof_is_not_kept_for_a_judge_whose_gate_says_no_by_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its content is the same, so are suite and answers: only the verdict on itself is another."""
+    found = suite([None] * 9)
+    models = {"judge@1": RewardModel("judge", "judge@1", "a" * 64)}
+    panel = pipeline_opinions.with_models(found, models, "float32")
+    monkeypatch.setattr(pipeline_opinions, "opener", lambda *_: lambda _: ByHand(knows))
+    monkeypatch.setattr(pipeline_opinions, "passed_gate", lambda _: True)
+    reporter = Reporter(quiet=True)
+    assert len(panel.opinions(tmp_path, reporter, {})) == 1
+    monkeypatch.setattr(pipeline_opinions, "passed_gate", lambda _: False)
+    with pytest.raises(DataError, match="has passed no gate here"):
+        panel.opinions(tmp_path, reporter, {})
 
 
 # --- the verdict and what is said of it --------------------------------------------------------------------------

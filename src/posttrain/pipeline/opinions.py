@@ -72,7 +72,8 @@ class Panel:
         self, suite: Suite, scorer: ScorerSettings, home: Path | None, reporter: Reporter
     ) -> tuple[str, tuple[str, ...]]:
         model = self.models[scorer.model]
-        asked = f"{suite.fingerprint}\n{model.fingerprint}\n{scorer.aggregate}\n{self.dtype}\n{__version__}"
+        passed = passed_gate(model)  # not of its content: a gate may have been asked again since
+        asked = f"{suite.fingerprint}\n{model.fingerprint}\n{scorer.aggregate}\n{self.dtype}\n{passed}\n{__version__}"
         name = f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.opinion.json"
         path = home / "answers" / name if home is not None else None
         if path is not None and path.exists():
@@ -80,7 +81,7 @@ class Panel:
             return kept["shown"], tuple(kept["doubts"])
         reporter.line(f"{suite.name}: {model.label} proves itself on gold answers")
         opened = opener(self.models, self.dtype)(scorer)
-        shown, doubts = prove_opinion(suite, opened, passed_elsewhere=passed_gate(model))
+        shown, doubts = prove_opinion(suite, opened, passed_elsewhere=passed)
         if path is None:
             return shown, doubts
         path.parent.mkdir(parents=True, exist_ok=True)
