@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,13 +32,15 @@ from posttrain.gate.decide import judge
 from posttrain.gate.opinions import ANOTHER, DISORDER, EMPTY, hold_against, in_disorder, prove_opinion, wrong_answers
 from posttrain.gate.suites import Suite, grade, judged_by, load_suite
 from posttrain.pipeline import opinions as pipeline_opinions
+from posttrain.pipeline.identity import Parent
 from posttrain.pipeline.scoring import RewardModel
 from posttrain.records import Completion, GateReport, Message, Opinion, Outcome, Sampling, Status, Task
 from posttrain.registry.card import verdict
 from posttrain.registry.manifest import from_json, read_manifest
+from posttrain.registry.store import ModelStore
 from posttrain.reporting import Reporter
 from posttrain.rollout.judges import Judges, ModelPart
-from posttrain.rollout.scorer import Answer, Verdict, open_scorer
+from posttrain.rollout.scorer import Answer, Scorer, Verdict, open_scorer
 from posttrain.settings import GateSettings
 
 ASKED = [f"Is {a} with {b} fine?" for a in WORDS for b in WORDS if a != b]
@@ -248,6 +251,17 @@ def test_means_and_wins_by_hand() -> None:
         assert report.kind == kind
 
 
+@pytest.mark.parametrize("scores", [(float("nan"),), (0.5, float("-inf"))])
+def test_a_score_that_is_no_number_is_no_verdict(scores: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scorer, "_tree", lambda *_: SimpleNamespace(n_tokens=1))
+    monkeypatch.setattr(Scorer, "room", 9)
+    monkeypatch.setattr(Scorer, "trees", lambda *_: [(scores,), ((0.0,),)])
+    asked = [Answer((Message("user", "q"),), text) for text in ("a", "b")]
+    broken, sound = Scorer(None, None, "judge@1").answers(asked)  # type: ignore[arg-type]
+    assert (broken.value, sound.value) == (None, 0.5)
+    assert broken.detail.startswith("judge@1 scores it ")
+
+
 def test_answers_that_cannot_be_read_have_no_score_and_are_counted() -> None:
     found = suite(["x"] * 20)
     results = graded(found, ["?", "?", *["xxxxx"] * 18])
@@ -373,6 +387,18 @@ def test_a_judge_that_pays_the_policy_or_was_trained_from_a_side_is_told(place: 
     assert [doubt.split(":")[0] for doubt in opinion.doubts[:2]] == [
         "A model that is judged was trained to please this very reward model",
         "It was trained from the parent, which is judged here, and may like what sounds like itself.",
+    ]
+
+
+def test_a_side_that_was_trained_against_a_registered_judge_in_another_run_is_told(place: Path) -> None:
+    paid = grpo(max_steps=1)
+    paid["grpo"]["rewards"].append({"reward_model": {"model": "judge@1"}})
+    report, _ = go(recipe(place, sft(max_steps=1), paid), place / "home")
+    source = str(ModelStore(place / "home").find("judge@1"))
+    sides = {"model": Parent(report.outcomes[1].artefact.path, report.outcomes[1].artefact, had_sft=True)}
+    doubts = pipeline_opinions.doubts_about(RewardModel(source, "any", "a" * 64), sides, pays=False)
+    assert [doubt.split(":")[0] for doubt in doubts] == [
+        "A model that is judged was trained to please this very reward model"
     ]
 
 
