@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 from small_run import go, recipe, sft, small_data, tiny_base
@@ -78,8 +79,57 @@ def test_what_an_unfinished_stage_needs_stays_and_it_goes_on(place: Path) -> Non
     assert any("2-sft: going on after step 2 of 2" in line for line in said)
 
 
+def test_a_stage_is_not_finished_because_another_recipe_finished_the_same_one(place: Path) -> None:
+    """Two recipes with one first stage: the same version, each with its own checkpoints and artefact."""
+    home = place / "home"
+    (run,) = (home / "runs").iterdir()
+    other = Path(shutil.copytree(run, run.with_name("other")))
+    for stage in other.glob("?-sft-*"):
+        (stage / "makes.txt").write_text(f"artefacts/other/{stage.name}\n")
+    kept = {p.name for p in (home / "prepared").iterdir()}
+    assert not any(r.path.is_relative_to(other) for r in remove(home))
+    assert {p.name for p in (home / "prepared").iterdir()} == kept
+    assert len(list(other.glob("*/checkpoints"))) == 2
+
+
+def test_what_a_link_leads_to_stays(place: Path) -> None:
+    home, disk = place / "home", place / "disk"
+    disk.mkdir()
+    links = [next((home / "prepared").iterdir()), next((home / "runs").glob("*/1-sft-*/checkpoints"))]
+    for link in links:
+        link.rename(disk / link.name)
+        link.symlink_to(disk / link.name)
+    (home / "runs" / "gone").symlink_to(place / "nowhere")
+    assert len(remove(home)) == 2
+    assert all(link.is_symlink() and any((disk / link.name).iterdir()) for link in links)
+
+
+def test_prepared_rows_stay_held_while_one_run_takes_them_over_from_another(tmp_path: Path) -> None:
+    """The first to leave removes the file of the lock, on which the second is waiting."""
+    folder, waiting, held, done = tmp_path / "rows", Event(), Event(), Event()
+
+    def second() -> None:
+        with preparing(folder, on_wait=waiting.set):
+            held.set()
+            done.wait(20)
+
+    runner = Thread(target=second)
+    with preparing(folder):
+        runner.start()
+        assert waiting.wait(20)
+    assert held.wait(20)
+    with preparing(folder) as free:
+        assert not free
+    done.set()
+    runner.join()
+    with preparing(folder) as free:
+        assert free
+
+
 def test_a_stage_of_which_nothing_is_known_keeps_all_rows(place: Path) -> None:
-    (unfinished(place) / "prepared.txt").unlink()
+    stage = unfinished(place)
+    for noted in ("prepared.txt", "makes.txt"):
+        (stage / noted).unlink()
     assert not any(name.startswith("prepared/") for name in names(remove(place / "home")))
 
 

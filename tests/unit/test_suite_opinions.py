@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,11 +32,15 @@ from posttrain.gate.decide import judge
 from posttrain.gate.opinions import ANOTHER, DISORDER, EMPTY, hold_against, in_disorder, prove_opinion, wrong_answers
 from posttrain.gate.suites import Suite, grade, judged_by, load_suite
 from posttrain.pipeline import opinions as pipeline_opinions
+from posttrain.pipeline.identity import Parent
+from posttrain.pipeline.scoring import RewardModel
 from posttrain.records import Completion, GateReport, Message, Opinion, Outcome, Sampling, Status, Task
 from posttrain.registry.card import verdict
 from posttrain.registry.manifest import from_json, read_manifest
+from posttrain.registry.store import ModelStore
+from posttrain.reporting import Reporter
 from posttrain.rollout.judges import Judges, ModelPart
-from posttrain.rollout.scorer import Answer, Verdict, open_scorer
+from posttrain.rollout.scorer import Answer, Scorer, Verdict, open_scorer
 from posttrain.settings import GateSettings
 
 ASKED = [f"Is {a} with {b} fine?" for a in WORDS for b in WORDS if a != b]
@@ -158,7 +163,8 @@ def test_a_judge_that_knows_the_gold_answers_passes_with_its_figures() -> None:
             lambda _q, t: None if t[:4] == "gold" else 0.1,
             r"12 gold answers could not be read, the first of i:0: unread",
         ),
-        (lambda _q, _t: None, "could read neither gold answers nor wrong ones"),
+        (lambda _q, _t: None, "could read no wrong answer, so nothing shows that it tells gold"),
+        (lambda q, t: knows(q, t) if t[:4] == "gold" else None, "could read no wrong answer"),
     ],
 )
 def test_a_judge_that_cannot_tell_gold_from_wrong_is_refused(
@@ -208,6 +214,22 @@ def test_without_gold_answers_only_a_gate_that_was_passed_speaks_for_it() -> Non
     assert "nothing shows that it tells good answers to these items from bad ones" in doubt
 
 
+def test_a_proof_is_not_kept_for_a_judge_whose_gate_says_no_by_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its content is the same, so are suite and answers: only the verdict on itself is another."""
+    found = suite([None] * 9)
+    models = {"judge@1": RewardModel("judge", "judge@1", "a" * 64)}
+    panel = pipeline_opinions.with_models(found, models, "float32")
+    monkeypatch.setattr(pipeline_opinions, "opener", lambda *_: lambda _: ByHand(knows))
+    monkeypatch.setattr(pipeline_opinions, "passed_gate", lambda _: True)
+    reporter = Reporter(quiet=True)
+    assert len(panel.opinions(tmp_path, reporter, {})) == 1
+    monkeypatch.setattr(pipeline_opinions, "passed_gate", lambda _: False)
+    with pytest.raises(DataError, match="has passed no gate here"):
+        panel.opinions(tmp_path, reporter, {})
+
+
 # --- the verdict and what is said of it --------------------------------------------------------------------------
 
 
@@ -227,6 +249,17 @@ def test_means_and_wins_by_hand() -> None:
         assert (report.before.numerator, report.after.numerator, report.gain) == pytest.approx(figures)
         assert report.passed
         assert report.kind == kind
+
+
+@pytest.mark.parametrize("scores", [(float("nan"),), (0.5, float("-inf"))])
+def test_a_score_that_is_no_number_is_no_verdict(scores: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scorer, "_tree", lambda *_: SimpleNamespace(n_tokens=1))
+    monkeypatch.setattr(Scorer, "room", 9)
+    monkeypatch.setattr(Scorer, "trees", lambda *_: [(scores,), ((0.0,),)])
+    asked = [Answer((Message("user", "q"),), text) for text in ("a", "b")]
+    broken, sound = Scorer(None, None, "judge@1").answers(asked)  # type: ignore[arg-type]
+    assert (broken.value, sound.value) == (None, 0.5)
+    assert broken.detail.startswith("judge@1 scores it ")
 
 
 def test_answers_that_cannot_be_read_have_no_score_and_are_counted() -> None:
@@ -354,6 +387,18 @@ def test_a_judge_that_pays_the_policy_or_was_trained_from_a_side_is_told(place: 
     assert [doubt.split(":")[0] for doubt in opinion.doubts[:2]] == [
         "A model that is judged was trained to please this very reward model",
         "It was trained from the parent, which is judged here, and may like what sounds like itself.",
+    ]
+
+
+def test_a_side_that_was_trained_against_a_registered_judge_in_another_run_is_told(place: Path) -> None:
+    paid = grpo(max_steps=1)
+    paid["grpo"]["rewards"].append({"reward_model": {"model": "judge@1"}})
+    report, _ = go(recipe(place, sft(max_steps=1), paid), place / "home")
+    source = str(ModelStore(place / "home").find("judge@1"))
+    sides = {"model": Parent(report.outcomes[1].artefact.path, report.outcomes[1].artefact, had_sft=True)}
+    doubts = pipeline_opinions.doubts_about(RewardModel(source, "any", "a" * 64), sides, pays=False)
+    assert [doubt.split(":")[0] for doubt in doubts] == [
+        "A model that is judged was trained to please this very reward model"
     ]
 
 

@@ -52,9 +52,10 @@ def prove_opinion(suite: Suite, scorer: Scorer, *, passed_elsewhere: bool) -> tu
     if not wrong:
         return _unshown(suite, scorer, passed_elsewhere)
     shown = hold_against(wrong, scorer)
-    if not shown.higher:
+    if not shown.higher.keys() & {EMPTY, DISORDER}:  # that another item's answer is no better shows nothing
         raise DataError(
-            f"the reward model {scorer.label} could read neither gold answers nor wrong ones. {shown.unread}".rstrip(),
+            f"the reward model {scorer.label} could read no wrong answer, so nothing shows that it tells gold ones "
+            f"from wrong ones. {shown.unread}".rstrip(),
             where=f"suite {suite.name}",
             remedy="Look at its chat template, and at how many tokens it knows.",
         )

@@ -20,7 +20,7 @@ from posttrain.records import ArtefactRef, GateReport, Opinion
 from posttrain.registry.artefact import is_artefact
 from posttrain.registry.files import write_json_atomic
 from posttrain.registry.manifest import read_manifest
-from posttrain.registry.store import Ancestor, lineage_of
+from posttrain.registry.store import Ancestor, ModelStore, lineage_of
 from posttrain.reporting import Reporter
 from posttrain.rollout.judges import OpenScorer
 from posttrain.settings import ScorerSettings
@@ -72,7 +72,8 @@ class Panel:
         self, suite: Suite, scorer: ScorerSettings, home: Path | None, reporter: Reporter
     ) -> tuple[str, tuple[str, ...]]:
         model = self.models[scorer.model]
-        asked = f"{suite.fingerprint}\n{model.fingerprint}\n{scorer.aggregate}\n{self.dtype}\n{__version__}"
+        passed = passed_gate(model)  # not of its content: a gate may have been asked again since
+        asked = f"{suite.fingerprint}\n{model.fingerprint}\n{scorer.aggregate}\n{self.dtype}\n{passed}\n{__version__}"
         name = f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.opinion.json"
         path = home / "answers" / name if home is not None else None
         if path is not None and path.exists():
@@ -80,7 +81,7 @@ class Panel:
             return kept["shown"], tuple(kept["doubts"])
         reporter.line(f"{suite.name}: {model.label} proves itself on gold answers")
         opened = opener(self.models, self.dtype)(scorer)
-        shown, doubts = prove_opinion(suite, opened, passed_elsewhere=passed_gate(model))
+        shown, doubts = prove_opinion(suite, opened, passed_elsewhere=passed)
         if path is None:
             return shown, doubts
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +172,19 @@ def _was_paid_by(side: Side, model: RewardModel) -> bool:
             continue
         trained = read_manifest(Path(step.path))
         for scorer in scorers_of(trained.settings.get("rewards", ())):
-            of_stage = scorer.model in stages and trained.recipe_fingerprint == recipe
-            if of_stage if names_stage(scorer.model) else scorer.model in names:
+            if names_stage(scorer.model):
+                found = scorer.model in stages and trained.recipe_fingerprint == recipe
+            else:
+                found = scorer.model in names or _is_registered(scorer.model, step, model)
+            if found:
                 return True
     return False
+
+
+def _is_registered(name: str, trained: Ancestor, model: RewardModel) -> bool:
+    """Whether `name` means the model in the home that `trained` was saved in, as NAME@VERSION or NAME@champion."""
+    home = Path(trained.path).parents[2]
+    try:
+        return "@" in name and ModelStore(home).find(name).resolve() == Path(model.source).resolve()
+    except PosttrainError:
+        return False

@@ -31,7 +31,7 @@ from posttrain.pipeline.opinions import Panel, panel_of, warnings
 from posttrain.recipe import Recipe, Stage, fingerprint
 from posttrain.records import ArtefactRef, GateReport, Opinion
 from posttrain.registry.artefact import attach_gate, load_ref, save_artefact
-from posttrain.registry.files import writing
+from posttrain.registry.home import note_product
 from posttrain.registry.manifest import DataFile, Manifest, SourceRows, current_versions, now_utc, read_manifest
 from posttrain.registry.store import CANDIDATE, ModelStore
 from posttrain.reporting import Reporter, duration
@@ -158,6 +158,8 @@ def run_stage(r: Run, stage: Stage, parent: Parent, attempt: int) -> tuple[Stage
         return StageOutcome(stage.key, r.made[stage.key], None, True, None, time.monotonic() - started), parent
     if sr.artefact.exists():
         sr.say(f"finished before, as {sr.version}")
+        if sr.place.directory.is_dir():
+            note_product(sr.run.home, sr.place.directory, sr.artefact)
     else:
         _train_and_save(sr)
     ref = load_ref(sr.artefact)
@@ -182,8 +184,7 @@ def _make_data(sr: StageRun) -> ArtefactRef:
     if product.final.exists():
         sr.say(f"finished before, as {sr.version}")
         return product.ref()
-    with writing(sr.place.directory):
-        sr.place.directory.mkdir(parents=True, exist_ok=True)
+    note_product(sr.run.home, sr.place.directory, product.final)
     sr.say(f"asks {sr.parent.ref}")
     policy = making.load_maker(sr.parent.source, s)
     renderer = _renderer(sr, policy)
@@ -215,8 +216,7 @@ def _refuse_without_sft(stage: Stage, parent: Parent) -> None:
 
 def _train_and_save(sr: StageRun) -> None:
     s = sr.settings
-    with writing(sr.place.directory):
-        sr.place.directory.mkdir(parents=True, exist_ok=True)
+    note_product(sr.run.home, sr.place.directory, sr.artefact)
     sr.say(f"starts from {sr.parent.ref}")
     sr.opinions(parent=sr.parent)  # a judge that proves nothing must not cost the training
     policy = load_policy(sr.parent.source, replace(sr.options, quantised=s.adapter == "qlora"))

@@ -18,6 +18,7 @@ from posttrain.registry.files import write_text_atomic, writing
 
 PREPARED = "prepared"
 USES = "prepared.txt"  # in a stage's directory: the prepared rows it uses, by name, one a line
+MAKES = "makes.txt"  # in a stage's directory: what is there once it is finished, relative to the home
 CHECKPOINTS = ("checkpoints", "best")  # in a stage's directory
 PARTS = {
     "runs": "checkpoints, figures and sampled answers of each stage",
@@ -56,7 +57,7 @@ def parts(home: Path) -> list[Part]:
 def removable(home: Path) -> list[Removable]:
     """What may go now."""
     found = [Removable(path, ROWS, size(path)) for path in _unused(home)]
-    for run in _visible(home / "runs"):
+    for run in _runs(home):
         with _held(run) as free:
             left = _left_by_finished(home, run) if free else []
         found += [Removable(path, LEFT, size(path)) for path in left]
@@ -70,11 +71,20 @@ def remove(home: Path) -> list[Removable]:
         with preparing(folder) as free:
             if free and folder in _unused(home):
                 gone.append(_remove(folder, ROWS))
-    for run in _visible(home / "runs"):
+    for run in _runs(home):
         with _held(run) as free:
             if free:
                 gone += [_remove(path, LEFT) for path in _left_by_finished(home, run)]
     return gone
+
+
+def note_product(home: Path, directory: Path, product: Path) -> None:
+    """Let the stage of `directory` count as finished once `product` is there. The same stage in another recipe has the
+    same version, and a product of its own."""
+    said = f"{product.relative_to(home)}\n"
+    if (directory / MAKES).is_file() and (directory / MAKES).read_text(encoding="utf-8") == said:
+        return
+    write_text_atomic(directory / MAKES, said)
 
 
 def note_use(directory: Path, prepared: Path) -> None:
@@ -89,19 +99,26 @@ def preparing(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterat
     """Hold prepared rows, existing or to come; whether they are held. After `on_wait` another holder is waited for,
     without one it is not. The kernel drops the lock of a process that is killed."""
     path = folder.with_name(f".{folder.name}.lock")
+    free = False
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        free = _lock(lock)
-        if not free and on_wait is not None:
-            on_wait()
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            free = True
+        while True:
+            free = _lock(lock)
+            if not free and on_wait is not None:
+                on_wait()
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                free = True
+            if not free or _is_named(lock, path):
+                break
+            # Its holder took the file away on leaving: who comes next would lock another one.
+            os.close(lock)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         yield free
     finally:
         if free:
-            path.unlink(missing_ok=True)  # two that got past each other here only do the work twice
+            path.unlink(missing_ok=True)
         os.close(lock)
 
 
@@ -119,26 +136,36 @@ def _unused(home: Path) -> list[Path]:
         if _is_finished(home, stage):
             continue
         noted = _noted(stage)
-        if noted is None and _visible(stage):
+        if noted is None and not (stage / MAKES).exists() and _visible(stage):
             return []  # it began before uses were noted: whichever rows it uses stay
         used |= noted or set()
-    return [folder for folder in _visible(home / PREPARED) if folder.is_dir() and folder.name not in used]
+    return [folder for folder in _visible(home / PREPARED) if _is_own(folder) and folder.name not in used]
 
 
 def _left_by_finished(home: Path, run: Path) -> list[Path]:
     finished = [stage for stage in _visible(run) if stage.is_dir() and _is_finished(home, stage)]
-    return [stage / name for stage in finished for name in CHECKPOINTS if (stage / name).is_dir()]
+    return [stage / name for stage in finished for name in CHECKPOINTS if _is_own(stage / name)]
+
+
+def _runs(home: Path) -> list[Path]:
+    return [run for run in _visible(home / "runs") if run.is_dir()]
+
+
+def _is_own(folder: Path) -> bool:
+    """What a link leads to was put there by somebody else."""
+    return folder.is_dir() and not folder.is_symlink()
 
 
 def _stages(home: Path) -> list[Path]:
-    return [stage for run in _visible(home / "runs") for stage in _visible(run) if stage.is_dir()]
+    return [stage for run in _runs(home) for stage in _visible(run) if stage.is_dir()]
 
 
 def _is_finished(home: Path, stage: Path) -> bool:
-    """The version of a stage is in the names of its directory and of what it makes."""
-    return any(
-        (registered / stage.name).exists() for top in ("artefacts", "made") for registered in _visible(home / top)
-    )
+    """A stage that does not say what it makes, having begun before that was noted, is taken to be unfinished."""
+    try:
+        return (home / (stage / MAKES).read_text(encoding="utf-8").strip()).is_dir()
+    except FileNotFoundError:
+        return False
 
 
 def _noted(directory: Path) -> set[str] | None:
@@ -156,6 +183,13 @@ def _held(run: Path) -> Iterator[bool]:
         yield _lock(lock)
     finally:
         os.close(lock)
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(descriptor: int) -> bool:

@@ -83,7 +83,10 @@ class Scorer:
             trees.append(tree)
             places.append(place)
         for place, (scores,) in zip(places, self.trees(trees), strict=True):
-            verdicts[place] = Verdict(self._value(scores), scores)
+            if all(map(math.isfinite, scores)):
+                verdicts[place] = Verdict(self._value(scores), scores)
+            else:
+                verdicts[place] = Verdict(None, detail=f"{self.label} scores it {', '.join(map(str, scores))}")
         return verdicts
 
     def _refuse_too_long(self, trees: Sequence[Tree]) -> None:
