@@ -64,7 +64,7 @@ def stage(method: str, *, first: bool = True, **keys: Any) -> dict[str, Any]:
 
 
 BIG = """
-import json, resource, sys, time
+import json, re, sys, time
 from posttrain.plan import estimate
 from posttrain.plan.target import gpu_target
 from posttrain.recipe import load_recipe
@@ -74,7 +74,8 @@ for file in sys.argv[1:]:
     planned = estimate.plan(estimate.gather(load_recipe(file), Path("home"), gpu_target("h100-80gb")))
     peaks = [stage.peak.bytes for stage in planned.stages]
     seconds = time.process_time() - began
-    mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not ru_maxrss: that begins with what the process that started this one had.
+    mib = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     print(json.dumps({"n_params": planned.shape.n_params, "seconds": seconds, "mib": mib, "peaks": peaks}))
 """
 
