@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,10 +63,11 @@ def evaluate(
         write_answers(Path(out), results)
     if failed := too_many_failed(results):
         typer.echo(f"warning: of the {failed} They count 0.", err=True)
+    evaluation = _Evaluation(found, panel.suite, results, measured, seconds, opinions)
     if as_json:
-        print_json(_score_as_json(found, panel.suite, results, measured, seconds, opinions))
+        print_json(_score_as_json(evaluation))
         return
-    _show_score(found, judged, results, measured, seconds, opinions)
+    _show_score(evaluation)
     print_next(command_line("compare", "builtin:tiny-base", model, "--suite", suite, home=home))
 
 
@@ -200,43 +201,41 @@ def _outcomes(results: Sequence[ItemResult]) -> dict[str, int]:
     return dict(Counter(result.outcome.value for result in results))
 
 
-def _score_as_json(
-    found: Located,
-    suite: Suite,
-    results: Sequence[ItemResult],
-    measured: Measured,
-    seconds: float,
-    opinions: Sequence[Opinion],
-) -> dict[str, Any]:
-    return _identity(found) | {
-        "suite": suite.name,
-        "suite_fingerprint": suite.fingerprint,
-        "score": measured.value,
-        "numerator": measured.numerator,
-        "denominator": measured.denominator,
-        "interval": [measured.interval.low, measured.interval.high],
-        "outcomes": _outcomes(results),
-        "seconds": seconds,
-        "opinions": [asdict(opinion) for opinion in opinions],
+@dataclass(frozen=True, slots=True)
+class _Evaluation:
+    """One model's answers to one suite, and what came of them."""
+
+    found: Located
+    suite: Suite
+    results: Sequence[ItemResult]
+    measured: Measured
+    seconds: float
+    opinions: Sequence[Opinion]
+
+
+def _score_as_json(e: _Evaluation) -> dict[str, Any]:
+    return _identity(e.found) | {
+        "suite": e.suite.name,
+        "suite_fingerprint": e.suite.fingerprint,
+        "score": e.measured.value,
+        "numerator": e.measured.numerator,
+        "denominator": e.measured.denominator,
+        "interval": [e.measured.interval.low, e.measured.interval.high],
+        "outcomes": _outcomes(e.results),
+        "seconds": e.seconds,
+        "opinions": [asdict(opinion) for opinion in e.opinions],
     }
 
 
-def _show_score(
-    found: Located,
-    suite: Suite,
-    results: Sequence[ItemResult],
-    measured: Measured,
-    seconds: float,
-    opinions: Sequence[Opinion],
-) -> None:
+def _show_score(e: _Evaluation) -> None:
     from posttrain.gate.report import score
     from posttrain.reporting import duration
 
-    by = f", in the opinion of {' and '.join(map(str, opinions))}" if opinions else ""
-    typer.echo(f"{found.label} on {suite.name}: {score(measured)}{by}")
-    outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in _outcomes(results).items())
-    rows = [("items", f"{measured.denominator}: {outcomes}"), ("took", duration(seconds))]
-    print_columns([*rows, ("fingerprint", found.fingerprint)])
+    by = f", in the opinion of {' and '.join(map(str, e.opinions))}" if e.opinions else ""
+    typer.echo(f"{e.found.label} on {e.suite.name}: {score(e.measured)}{by}")
+    outcomes = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in _outcomes(e.results).items())
+    rows = [("items", f"{e.measured.denominator}: {outcomes}"), ("took", duration(e.seconds))]
+    print_columns([*rows, ("fingerprint", e.found.fingerprint)])
 
 
 def _show_comparison(a: Located, b: Located, report: GateReport, verdict: str) -> None:
