@@ -50,7 +50,8 @@ class Kind:
     lora: dict[str, Any] = field(default_factory=dict)
 
 
-FULL, ADAPTER, FAST = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)
+FULL = (3e-4, 1e-3, 3e-3, 1e-2)
+ADAPTER, FAST = (1e-3, 3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3, 1e-2)
 KINDS = (
     Kind("full", FULL),
     # As wide as the model, so that no matrix's change is of too low a rank; embeddings train as they do without.
