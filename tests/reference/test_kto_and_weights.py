@@ -91,6 +91,16 @@ def test_kto_by_hand() -> None:
     assert float(apo.total) == pytest.approx((1 - s(1.5)) + s(-0.5) + s(1.5))
 
 
+def test_kto_calls_good_what_lies_above_the_baseline() -> None:
+    """x = ½ and 2 around z0 = 1: the good one is called bad, and of the bad ones the first is called right."""
+    policy = RatedLogps(t(-1.5, -1.5, 0), torch.ones(3), torch.tensor([True, False, False]))
+    found = unpaired.kto(policy, t(-2, -2, -2), beta=0.5, z0=1.0)
+    assert found.metrics["reward_accuracy"] == Mean(1.0, 3)
+    assert unpaired.kto(policy, t(-2, -2, -2), beta=0.5, z0=0.0).metrics["reward_accuracy"] == Mean(1.0, 3)
+    at_it = RatedLogps(t(-1, -1), torch.ones(2), torch.tensor([True, False]))
+    assert unpaired.kto(at_it, t(-2, -2), beta=0.5, z0=1.0).metrics["reward_accuracy"] == Mean(1.0, 2)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_kto_equals_its_twin(seed: int) -> None:
     rows = [(a, up) for p in random_pairs(seed) for a, up in ((p.chosen, True), (p.rejected, False))]
