@@ -183,10 +183,12 @@ def test_under_ld_dpo_log_probs_are_those_of_whole_answers() -> None:
     metrics = pairs.figures(weighed, BEFORE)
     assert (metrics["logp_chosen"], metrics["logp_rejected"]) == (Mean(-80.0, 2), Mean(-60.0, 2))
     assert metrics["kl_k1_reference_to_policy"] == pairs.figures(NOW, BEFORE)["kl_k1_reference_to_policy"]
-    of = PairLogps.of(t(-1, -2, -3, -4), torch.tensor([1, 2, 3, 4]), t(-10, -20, -30, -40))
+    of = PairLogps.of(t(*range(-6, 0)), torch.tensor([1, 2, 3, 4, 5, 6]), t(*range(-60, 0, 10)))
     assert of.chosen_whole is not None
     assert of.rejected_whole is not None
-    assert (of.chosen_whole.tolist(), of.rejected_whole.tolist()) == ([-10, -30], [-20, -40])
+    assert (of.chosen.tolist(), of.rejected.tolist()) == ([-6, -4, -2], [-5, -3, -1])
+    assert (of.chosen_tokens.tolist(), of.rejected_tokens.tolist()) == ([1, 3, 5], [2, 4, 6])
+    assert (of.chosen_whole.tolist(), of.rejected_whole.tolist()) == ([-60, -40, -20], [-50, -30, -10])
 
 
 def test_figures_by_hand() -> None:

@@ -6,7 +6,9 @@ Planted: mismatched answers that match, a class that is missing.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from math import exp
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from tiny import byte_tokenizer, largest_gap, random_tree
 from posttrain.data.render import Renderer
 from posttrain.errors import DataError
 from posttrain.methods import kto
-from posttrain.records import Message, Pair, Rated
+from posttrain.records import Message, Pair, Rated, Tree
 from posttrain.train.metrics import read_metrics
 
 
@@ -45,6 +47,38 @@ def test_the_baseline_is_the_mean_log_ratio_of_other_prompts_answers(tmp_path: P
     assert batch.metrics["kto_z0"].value == pytest.approx(sum(ratios) / 6, rel=1e-4)
     assert sum(ratios) > 1
     assert max(ratios) - min(ratios) > 1
+
+
+def test_a_step_and_an_evaluation_by_hand(tmp_path: Path) -> None:
+    """Good ones weigh 2 and bad ones 5; either has the baseline of its own rows."""
+    policy, start = toy.policy_for("kto"), toy.policy_for("kto")
+    s = toy.METHODS["kto"].settings(beta=0.5, desirable_weight=2.0, undesirable_weight=5.0)
+    objective = toy.METHODS["kto"].objective(policy, s, toy.place_in(tmp_path))
+    with torch.no_grad():
+        policy.model.lm_head.weight.mul_(0.5)
+
+    @torch.no_grad()
+    def ratios(trees: list[Tree]) -> list[float]:
+        return [(policy.score([t])[0].logp_N.sum() - start.score([t])[0].logp_N.sum()).item() for t in trees]
+
+    def expected(rows: kto.Rows, places: Sequence[int]) -> tuple[float, float]:
+        others = ratios([rows.mismatched[i] for i in places])
+        z0, total = sum(others) / len(others), 0.0
+        assert z0 > 0.3
+        for place, x in zip(places, ratios([rows.rated[i].tree for i in places]), strict=True):
+            sign, weight = (1, 2) if rows.rated[place].good else (-1, 5)
+            total += weight * (1 - 1 / (1 + exp(-sign * 0.5 * (x - z0))))
+        return z0, total
+
+    z0, total = expected(objective.held_out, range(2))
+    evaluation = objective.evaluate()
+    assert evaluation is not None
+    assert evaluation.metrics["eval_row_loss"] == pytest.approx(total / 2, rel=1e-4)
+    assert evaluation.metrics["eval_kto_z0"] == pytest.approx(z0, rel=1e-4)
+    batch = objective.batch(1)
+    _, total = expected(objective.rows, objective.steps[1])
+    assert objective.loss(batch.items).total.item() == pytest.approx(total, rel=1e-4)
+    assert batch.count == len(batch.items) == 4
 
 
 def test_mismatched_answers_belong_to_other_prompts_and_fit() -> None:

@@ -1,4 +1,5 @@
-"""What a preference stage does around its training: dropout off, answers that end, a reference that is asked again.
+"""What a preference stage does around its training: dropout off, answers that end, a reference that is asked again; and
+how a recipe's keys become a loss.
 
 Planted: a stage that trains under dropout, rows whose answers never end, the reference's answers changed in training.
 """
@@ -6,14 +7,19 @@ Planted: a stage that trains under dropout, rows whose answers never end, the re
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import exp
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_run import go, preference, recipe, refused, rows, small_data, tiny_base
 from torch import nn
 
-from posttrain.methods import kto, pairs
+from posttrain.losses.preference import Term
+from posttrain.methods import cpo, dpo, kto, orpo, pairs, simpo
+from posttrain.methods.pairs import PairLoss
+from posttrain.settings import CPOSettings, DPOSettings, ORPOSettings, SimPOSettings
 
 MODULES = {"dpo": pairs, "kto": kto}
 every_method = pytest.mark.parametrize("method", MODULES)
@@ -85,3 +91,53 @@ def test_answers_of_the_reference_that_changed_in_training_are_noticed_at_the_en
     stage = stage_of(method, eval_datasets=[{"path": "more.jsonl"}])
     with pytest.raises(AssertionError, match="the reference's answers changed during training"):
         go(recipe(material, stage), material / f"spoilt-{method}-{held_out}")
+
+
+# --- from keys to losses -------------------------------------------------------------------------------------------
+
+ROWS: Any = {"datasets": [{"path": "x"}]}
+SMOOTHED = {"beta": 0.7, "label_smoothing": 0.15}
+
+
+def test_keys_of_methods_without_a_reference_become_the_loss_s_parameters() -> None:
+    asked = {**SMOOTHED, "gamma_beta_ratio": 0.4, "cpo_alpha": 0.3}
+    assert simpo.pair_loss(SimPOSettings(**ROWS, **asked)) == PairLoss((Term("simpo", asked),))
+    assert simpo.pair_loss(SimPOSettings(**ROWS, **asked, alpha=-0.5)) == PairLoss(
+        (Term("alphapo", {**asked, "alpha": -0.5}),)
+    )
+    asked = {**SMOOTHED, "cpo_alpha": 0.3}
+    assert cpo.pair_loss(CPOSettings(**ROWS, **asked)) == PairLoss((Term("cpo", asked),))
+    assert orpo.pair_loss(ORPOSettings(**ROWS, beta=0.7)) == PairLoss((Term("orpo", {"beta": 0.7}),))
+
+
+def test_keys_of_dpo_become_the_parameters_of_the_losses_that_read_them() -> None:
+    names = ["aot", "discopop", "ipo", "apo_down", "sft"]
+    s = DPOSettings(
+        **ROWS, **SMOOTHED, loss_type=names, loss_weights=[1, 2, 3, 4, 5], discopop_tau=0.2, length_normalized=True,
+        ld_alpha=0.6, use_weighting=False,
+    )  # fmt: skip
+    found = dpo.pair_loss(s)
+    beta, straight = {"beta": 0.7}, {"divergence": dpo.DIVERGENCES["reverse_kl"]}
+    params = SMOOTHED, {**beta, **straight, "discopop_tau": 0.2}, {**beta, **straight, "length_normalized": True}
+    assert [term.params for term in found.terms] == [*params, beta, beta]
+    assert [(term.name, term.coefficient) for term in found.terms] == list(zip(names, [1, 2, 3, 4, 5], strict=True))
+    assert (found.tail_alpha, found.weighting, found.whole_batch) == (0.6, False, True)
+    assert found.advice == "Raise beta."
+    plain = dpo.pair_loss(DPOSettings(**ROWS, use_weighting=True))
+    assert (plain.tail_alpha, plain.weighting, plain.whole_batch) == (None, True, False)
+    assert plain.terms == (Term("sigmoid", {"beta": 0.1, "label_smoothing": 0.0, **straight}),)
+    assert plain.advice == "Add the SFT term: loss_type: [sigmoid, sft]."
+
+
+@pytest.mark.parametrize(
+    ("keys", "at_one"),
+    [
+        ({}, 1.0),
+        ({"f_divergence_type": "forward_kl"}, 1 - exp(-1)),
+        ({"f_divergence_type": "js_divergence"}, 0.3798854930417224),  # ln (2e / (1 + e))
+        ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5}, 2 - 2 * exp(-0.5)),
+    ],
+)
+def test_the_divergence_a_recipe_names_is_the_one_that_is_used(keys: dict[str, Any], at_one: float) -> None:
+    (term,) = dpo.pair_loss(DPOSettings(**ROWS, **keys)).terms
+    assert term.params["divergence"](torch.ones((), dtype=torch.float64)).item() == pytest.approx(at_one)
