@@ -97,8 +97,20 @@ def test_kto_calls_good_what_lies_above_the_baseline() -> None:
     found = unpaired.kto(policy, t(-2, -2, -2), beta=0.5, z0=1.0)
     assert found.metrics["reward_accuracy"] == Mean(1.0, 3)
     assert unpaired.kto(policy, t(-2, -2, -2), beta=0.5, z0=0.0).metrics["reward_accuracy"] == Mean(1.0, 3)
-    at_it = RatedLogps(t(-1, -1), torch.ones(2), torch.tensor([True, False]))
-    assert unpaired.kto(at_it, t(-2, -2), beta=0.5, z0=1.0).metrics["reward_accuracy"] == Mean(1.0, 2)
+    at_it = RatedLogps(t(-1), torch.ones(1), torch.tensor([True]))
+    at = unpaired.kto(at_it, t(-2), beta=0.5, z0=1.0)
+    assert at.metrics["reward_accuracy"] == Mean(0.0, 1)
+    assert float(at.total) == 0.5, "both classes weigh 1 unless said otherwise"
+    bad = RatedLogps(t(-1), torch.ones(1), torch.tensor([False]))
+    assert float(unpaired.kto(bad, t(-2), beta=0.5, z0=1.0).total) == 0.5
+
+
+def test_apo_zero_of_weighted_classes_by_hand() -> None:
+    """βx = ½ for a good answer that weighs 2 and −0.2 for a bad one that weighs 3."""
+    policy = RatedLogps(t(-1, -2.4), torch.ones(2), torch.tensor([True, False]))
+    weights = {"desirable_weight": 2.0, "undesirable_weight": 3.0}
+    found = unpaired.apo_zero_unpaired(policy, t(-2, -2), beta=0.5, **weights)
+    assert float(found.total) == pytest.approx(2 * (1 - s(0.5)) + 3 * s(-0.2))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
