@@ -164,3 +164,9 @@ def test_figures_of_rated_answers_by_hand() -> None:
     assert metrics["good_fallen_share"] == Mean(1.0, 2)
     assert (metrics["logp_good"], metrics["logp_bad"]) == (Mean(-3.0, 2), Mean(-5.0, 1))
     assert (metrics["tokens_good"], metrics["tokens_bad"]) == (Mean(4.0, 2), Mean(2.0, 1))
+
+
+def test_a_good_answer_has_fallen_below_a_hundredth_of_a_nat() -> None:
+    """Of four good ones two fell, one by less than rounding, one rose; the bad one that fell does not count."""
+    policy = RatedLogps(t(-3, -2.011, -2.009, -1, -9), torch.ones(5), torch.tensor([True] * 4 + [False]))
+    assert unpaired.rated_figures(policy, t(-2, -2, -2, -2, -2))["good_fallen_share"] == Mean(2.0, 4)
