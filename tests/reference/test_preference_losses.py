@@ -230,6 +230,14 @@ def test_alpha_divergence_meets_reverse_and_forward_kl_at_its_ends() -> None:
     torch.testing.assert_close(divergence.alpha_divergence(x, alpha=0.0), divergence.forward_kl(x))
 
 
+def test_alphapo_meets_simpo_as_alpha_goes_to_zero() -> None:
+    params = {"beta": 2.0, "gamma_beta_ratio": 0.5}
+    simpo = PREFERENCE_LOSSES["simpo"](NOW, None, **params).total.item()
+    for alpha, near in ((0.0, 0), (1e-9, 1e-12), (-1e-9, 1e-12), (1e-4, 1e-2)):
+        found = PREFERENCE_LOSSES["alphapo"](NOW, None, **params, alpha=alpha).total.item()
+        assert found == pytest.approx(simpo, rel=near, abs=0)
+
+
 # --- against the twin --------------------------------------------------------------------------------------------
 
 

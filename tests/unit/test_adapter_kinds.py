@@ -235,6 +235,14 @@ def test_an_adapter_that_changes_the_model_at_its_start_is_refused(monkeypatch: 
         adapted("dora")
 
 
+def test_an_adapter_that_switched_off_leaves_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft's own switch knows nothing of what PiSSA took out of the base."""
+    monkeypatch.setattr(Policy, "adapter_off", lambda policy: policy.adapter.disable_adapter())
+    adapted("lora")
+    with pytest.raises(ModelError, match=r"a new lora adapter with init: pissa changes the model's log-probs by"):
+        adapted("lora", init="pissa")
+
+
 def test_a_base_that_gave_its_weights_away_is_not_the_reference() -> None:
     """peft's own switch-off leaves PiSSA's residual, another model than the one the stage began with."""
     policy = adapted(init="pissa")
