@@ -318,6 +318,7 @@ def test_combined_by_hand() -> None:
 def test_one_loss_alone_is_itself_and_its_coefficient_counts() -> None:
     alone = combined(NOW, BEFORE, [Term("hinge", HALF)])
     assert alone.metrics == PREFERENCE_LOSSES["hinge"](NOW, BEFORE, **HALF).metrics
+    assert float(combined(NOW, BEFORE, [Term("aot", HALF)]).total) == pytest.approx(softplus(1) + softplus(-2))
     halved = combined(NOW, BEFORE, [Term("hinge", HALF, 0.5)])
     assert float(halved.total) == 1.0
     assert (halved.metrics["pair_loss"], halved.metrics["loss_hinge"]) == (Mean(1.0, 2), Mean(2.0, 2))
