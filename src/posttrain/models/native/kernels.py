@@ -1,0 +1,234 @@
+"""The C kernels as functions of tensors. They take float32 tensors on a CPU that lie in one piece, and carry no
+gradients: their callers are autograd functions whose backward pass is here too.
+
+Before the first use each is compared with what torch computes; where one differs, none is used.
+
+Axes: T tokens, D width, F width of the MLP, H query heads, h key/value heads, n heads of either kind, E head size,
+R rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.models.native.library import load
+
+REAL = (Tensor, nn.Parameter)  # those without contents are of other classes, or on no device
+_estimating: ContextVar[bool] = ContextVar("estimating", default=False)
+SAME = 1e-5  # largest difference from torch's results, by the largest of them
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "attend": (*[_POINTER] * 6, *[_LONG] * 4, _FLOAT, _LONG),
+    "attend_backward": (*[_POINTER] * 10, _LONG, _POINTER, *[_LONG] * 4, _FLOAT, _LONG),
+    "norm": (*[_POINTER] * 4, _LONG, _LONG, _FLOAT),
+    "norm_backward": (*[_POINTER] * 7, _LONG, _LONG),
+    "turn": (_POINTER, _POINTER, _FLOAT, *[_POINTER] * 4, *[_LONG] * 3),
+    "turn_backward": (*[_POINTER] * 8, *[_LONG] * 3),
+    "gate": (*[_POINTER] * 3, _LONG),
+    "gate_backward": (*[_POINTER] * 5, _LONG),
+    "score": (_POINTER, _POINTER, _FLOAT, *[_POINTER] * 3, _LONG, _LONG),
+}
+_WITH_STATUS = frozenset({"attend", "attend_backward", "norm_backward", "turn_backward"})
+
+
+@cache
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    library, fault = load()
+    if library is None:
+        return None, fault
+    for name, signature in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = signature, ctypes.c_int if name in _WITH_STATUS else None
+    return library, ""
+
+
+@cache
+def fault() -> str | None:
+    """None where the kernels are in use; else why they are not."""
+    library, why = _library()
+    if library is None:
+        return why
+    from posttrain.models.native.check import largest_gap
+
+    name, gap = largest_gap()
+    return None if gap <= SAME else f"their {name} differs from torch's by {gap:.2g}"
+
+
+def serve(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take these."""
+    given = [t for t in tensors if t is not None]
+    if not all(t.dtype == torch.float32 for t in given):
+        return False
+    if all(map(_has_contents, given)):
+        return fault() is None
+    return _estimating.get() and fault() is None
+
+
+@contextmanager
+def estimating(on: bool) -> Iterator[None]:
+    """Within, tensors without contents go where those of a CPU would: memory and operations are counted, not done."""
+    token = _estimating.set(on)
+    try:
+        yield
+    finally:
+        _estimating.reset(token)
+
+
+def _has_contents(tensor: Tensor) -> bool:
+    return type(tensor) in REAL and tensor.device.type == "cpu"
+
+
+def _call(name: str, *arguments: Any) -> None:
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    assert all(a.is_contiguous() for a in tensors), name
+    if not all(map(_has_contents, tensors)):
+        return
+    library, why = _library()
+    assert library is not None, why
+    if getattr(library, name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)):
+        raise MemoryError(f"{name}: no memory for its working space")
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Attention rows as the kernels read them: start, length, prefix start, prefix length. Families, a prompt and all
+    that see it, stand together, the longest work first; `families` are their ends, after a 0."""
+
+    rows_R4: Tensor
+    families: Tensor
+    n_scores: int  # of one head
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, int, int, int]]) -> Rows:
+        families: dict[int, list[tuple[int, int, int, int]]] = {}
+        for start, length, prefix_start, prefix in rows:
+            if length:
+                families.setdefault(prefix_start if prefix else start, []).append((start, length, prefix_start, prefix))
+        ordered = sorted(families.values(), key=lambda f: -sum(n * (prefix + n // 2) for _, n, _, prefix in f))
+        ends = torch.tensor([0, *(len(f) for f in ordered)]).cumsum(0)
+        flat = [row for f in ordered for row in f]
+        n_scores = sum(length * (prefix + length) for _, length, _, prefix in flat)
+        return cls(torch.tensor(flat, dtype=torch.int64).view(-1, 4), ends, n_scores)
+
+
+# As operations of torch's own kind, so that whoever counts operations sees them. A row's scores are counted whole, as
+# fused kernels' formulas count them.
+
+
+@torch.library.custom_op("posttrain::attend", mutates_args=())
+def _attend(
+    q_THE: Tensor, k_ThE: Tensor, v_ThE: Tensor, rows_R4: Tensor, scale: float, window: int, n_scores: int
+) -> tuple[Tensor, Tensor]:
+    del n_scores  # for whoever counts
+    out_THE, lse_TH = torch.empty_like(q_THE), q_THE.new_empty(q_THE.shape[:2])
+    shape = q_THE.shape[1], k_ThE.shape[1], q_THE.shape[2]
+    _call("attend", q_THE, k_ThE, v_ThE, out_THE, lse_TH, rows_R4, len(rows_R4), *shape, scale, window)
+    return out_THE, lse_TH
+
+
+@_attend.register_fake
+def _(q_THE: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q_THE), q_THE.new_empty(q_THE.shape[:2])
+
+
+@torch.library.custom_op("posttrain::attend_backward", mutates_args=())
+def _attend_backward(
+    q_THE: Tensor, k_ThE: Tensor, v_ThE: Tensor, out_THE: Tensor, lse_TH: Tensor, g_THE: Tensor,
+    rows_R4: Tensor, families: Tensor, scale: float, window: int, n_scores: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    del n_scores
+    dq_THE, dk_ThE, dv_ThE = torch.empty_like(q_THE), torch.zeros_like(k_ThE), torch.zeros_like(v_ThE)
+    _call(
+        "attend_backward", q_THE, k_ThE, v_ThE, out_THE, lse_TH, g_THE, dq_THE, dk_ThE, dv_ThE,
+        rows_R4, len(rows_R4), families, len(families) - 1, q_THE.shape[1], k_ThE.shape[1], q_THE.shape[2],
+        scale, window,
+    )  # fmt: skip
+    return dq_THE, dk_ThE, dv_ThE
+
+
+@_attend_backward.register_fake
+def _(q_THE: Tensor, k_ThE: Tensor, v_ThE: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q_THE), torch.empty_like(k_ThE), torch.empty_like(v_ThE)
+
+
+def attend(
+    q_THE: Tensor, k_ThE: Tensor, v_ThE: Tensor, rows: Rows, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """(T, H, E) and the logarithm of each query's sum of exponentials, (T, H). Every token is a query of one row."""
+    return _attend(q_THE, k_ThE, v_ThE, rows.rows_R4, scale, window or 0, rows.n_scores)
+
+
+def attend_backward(
+    g_THE: Tensor, kept: Sequence[Tensor], rows: Rows, scale: float, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; `kept`: q, k, v, and what `attend` gave."""
+    return _attend_backward(*kept, g_THE, rows.rows_R4, rows.families, scale, window or 0, rows.n_scores)
+
+
+def norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Root mean square norm: y = x · r ⊙ w and r = (mean x² + eps)^−½, (T, 1)."""
+    y_TD, r_T1 = torch.empty_like(x_TD), x_TD.new_empty((x_TD.shape[0], 1))
+    _call("norm", x_TD, weight_D, y_TD, r_T1, *x_TD.shape, eps)
+    return y_TD, r_T1
+
+
+def norm_backward(
+    g_TD: Tensor, x_TD: Tensor, r_T1: Tensor, weight_D: Tensor, wanted: bool, more_TD: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(gradient of x, plus `more`; gradient of the weight). `g` is spent."""
+    dw_D = torch.empty_like(weight_D) if wanted else None
+    _call("norm_backward", g_TD, x_TD, r_T1, weight_D, more_TD, g_TD, dw_D, *x_TD.shape)
+    return g_TD, dw_D
+
+
+def turn(x_TnE: Tensor, weight_E: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Heads normed, where there is a weight, then turned by their token's angles; and the norms' r (T, n, 1)."""
+    y_TnE = torch.empty_like(x_TnE)
+    r_Tn1 = x_TnE.new_empty((*x_TnE.shape[:2], 1)) if weight_E is not None else None
+    _call("turn", x_TnE, weight_E, eps, cos, sin, y_TnE, r_Tn1, *x_TnE.shape)
+    return y_TnE, r_Tn1
+
+
+def turn_backward(
+    g_TnE: Tensor, cos: Tensor, sin: Tensor, normed: tuple[Tensor, Tensor, Tensor] | None, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(gradient of x, gradient of the weight); `normed`: x, r and the weight."""
+    x, r, weight = normed if normed is not None else (None, None, None)
+    dx = torch.empty_like(g_TnE)
+    dw = torch.empty_like(weight) if wanted and weight is not None else None
+    _call("turn_backward", g_TnE, x, weight, r, cos, sin, dx, dw, *g_TnE.shape)
+    return dx, dw
+
+
+def gate(g_TF: Tensor, u_TF: Tensor) -> Tensor:
+    """silu(g) ⊙ u"""
+    h_TF = torch.empty_like(g_TF)
+    _call("gate", g_TF, u_TF, h_TF, g_TF.numel())
+    return h_TF
+
+
+def gate_backward(dh_TF: Tensor, g_TF: Tensor, u_TF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(silu(g) ⊙ u again, gradient of g, gradient of u). `dh` is spent."""
+    h_TF, du_TF = torch.empty_like(g_TF), torch.empty_like(g_TF)
+    _call("gate_backward", dh_TF, g_TF, u_TF, h_TF, du_TF, g_TF.numel())
+    return h_TF, dh_TF, du_TF
+
+
+def score(
+    logit_RV: Tensor, target_R: Tensor, factor: float, *, entropy: bool = True, slope_RV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """log p[target] and entropy (nats; empty where it is not wanted) of softmax(factor · logits); `slope` becomes
+    p − onehot. The logits are spent."""
+    logp_R = logit_RV.new_empty(len(logit_RV))
+    entropy_R = logit_RV.new_empty(len(logit_RV) if entropy else 0)
+    _call("score", logit_RV, target_R, factor, logp_R, entropy_R if entropy else None, slope_RV, *logit_RV.shape)
+    return logp_R, entropy_R
