@@ -251,11 +251,11 @@ def _normed(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """(y, r)."""
     if x.is_contiguous() and x.ndim == 2 and kernels.serve(x, norm.weight_D):
         return kernels.norm(x, norm.weight_D, norm.eps)
-    r = _rate(x, norm.eps)
+    r = rate(x, norm.eps)
     return (x * r).mul_(norm.weight_D), r
 
 
-def _rate(x: Tensor, eps: float) -> Tensor:
+def rate(x: Tensor, eps: float) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 

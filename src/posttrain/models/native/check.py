@@ -18,7 +18,7 @@ def largest_gap() -> tuple[str, float]:
     """(kernel, difference): the largest of all, by the size of torch's numbers; NaN counts as infinite."""
     with _disable_current_modes(), torch.enable_grad():
         draw = torch.Generator().manual_seed(0)
-        found = [pair for part in (_attention, _norms, _turns, _gates, _scores) for pair in part(_random(draw))]
+        found = [pair for part in (_attention, _norms, _turns, _gates, _scores, _steps) for pair in part(_random(draw))]
     gaps = [(name, _gap(ours.detach(), theirs.detach())) for name, ours, theirs in found]
     return max(gaps, key=lambda x: x[1])
 
@@ -112,3 +112,41 @@ def _scores(random: Callable[..., Tensor]) -> Iterator[Found]:
         yield "softmax", ours, logp.gather(1, target[:, None]).squeeze(1)
         yield "entropy", entropy, -(logp.exp() * logp).sum(-1)
         yield "softmax's gradient", slope, logp.exp() - F.one_hot(target, n_tokens)
+
+
+def _steps(random: Callable[..., Tensor]) -> Iterator[Found]:
+    """Five answers to two prompts at column 6 of blocks of 4 and 4; 4 heads on 2, of size 20; the last began at 3."""
+    q, k, v = random(5, 4, 20), random(5, 2, 20), random(5, 2, 20)
+    prompts, blocks = (
+        [random(2, 2, 9, 20) for _ in range(2)],
+        [[random(5, 2, 4, 20) for _ in range(2)] for _ in range(2)],
+    )
+    group, begun, length = torch.tensor([0, 0, 1, 1, 0]), torch.tensor([0, 0, 0, 0, 3]), torch.tensor([9, 5])
+    for window in (None, 4):
+        places = (group, begun, length)
+        ours = kernels.decode_attend(
+            q, k, v, prompts[0], prompts[1], places, [(a, b) for a, b in blocks], 6, 0.3, window
+        )
+        theirs = torch.zeros_like(q)
+        for s in range(5):
+            keys, values = (
+                torch.cat([p[group[s], :, : length[group[s]]], *(b[i][s] for b in blocks)], 1)[
+                    :, : length[group[s]] + 7
+                ]
+                for i, p in enumerate(prompts)
+            )
+            seen = [j for j in range(keys.shape[1]) if not 0 <= j - int(length[group[s]]) < begun[s]][-(window or 99) :]
+            for head in range(4):
+                weights = (keys[head // 2, seen] @ q[s, head] * 0.3).softmax(0)
+                theirs[s, head] = weights @ values[head // 2, seen]
+        yield "attention of a step", ours, theirs
+    joined, weight, angle = random(5, 8 * 20), random(6, 20), random(5, 10)
+    turn = torch.stack([angle.cos(), angle.sin()], -1)
+    for norm in (weight, None):
+        heads = joined.view(5, 8, 20)
+        qk = heads[:, :6] if norm is None else F.rms_norm(heads[:, :6], (20,), None, 1e-3) * norm
+        pairs = torch.view_as_complex(qk.unflatten(2, (-1, 2)).contiguous()) * torch.view_as_complex(turn)[:, None]
+        theirs = torch.cat([torch.view_as_real(pairs).flatten(2), heads[:, 6:]], 1)
+        yield "heads of a step", torch.cat(kernels.decode_heads(joined, norm, 1e-3, turn.flatten(1), 4, 2), 1), theirs
+    gate, up = random(3, 37), random(3, 37)
+    yield "gate of a step", kernels.decode_gate(torch.cat([gate, up], 1)), F.silu(gate) * up

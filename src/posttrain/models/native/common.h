@@ -55,10 +55,13 @@ static inline float top_of(vec x) {
   return m;
 }
 
+/* By halves: elements one at a time would take longer than the products they sum. */
 static inline float sum_of(vec x) {
-  float s = 0;
-  for (int i = 0; i < W; i++) s += x[i];
-  return s;
+  float part[W], sum = 0;
+  store(part, x);
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < W; i++) sum += part[i];
+  return sum;
 }
 
 /* Over n floats, a multiple of W. */
@@ -80,4 +83,16 @@ static inline float row_exp(float *s, long n, float shift) {
     sum += y;
   }
   return sum_of(sum);
+}
+
+/* σ(x), without overflow on either side; a NaN stays one. */
+static inline vec sigmoid(vec x) {
+  vec e = vexp(choose(x < zero(), x, -x)), one = zero() + 1.0f;
+  return choose(x < zero(), e, one) / (one + e);
+}
+
+/* h = silu(g) u, silu(x) = x σ(x). */
+static inline void gate_vec(const float *g, const float *u, float *h) {
+  vec x = load(g);
+  store(h, x * sigmoid(x) * load(u));
 }

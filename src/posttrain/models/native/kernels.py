@@ -35,9 +35,12 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "turn_backward": (*[_POINTER] * 8, *[_LONG] * 3),
     "gate": (*[_POINTER] * 3, _LONG),
     "gate_backward": (*[_POINTER] * 5, _LONG),
+    "decode_heads": (_POINTER, _POINTER, _FLOAT, *[_POINTER] * 4, *[_LONG] * 4),
+    "decode_attend": (*[_POINTER] * 10, *[_LONG] * 8, _FLOAT),
+    "decode_gate": (*[_POINTER] * 2, _LONG, _LONG),
     "score": (_POINTER, _POINTER, _FLOAT, *[_POINTER] * 3, _LONG, _LONG),
 }
-_WITH_STATUS = frozenset({"attend", "attend_backward", "norm_backward", "turn_backward"})
+_WITH_STATUS = frozenset({"attend", "attend_backward", "decode_attend", "norm_backward", "turn_backward"})
 
 
 @cache
@@ -87,14 +90,19 @@ def _has_contents(tensor: Tensor) -> bool:
     return type(tensor) in REAL and tensor.device.type == "cpu"
 
 
+@cache
+def _function(name: str) -> Any:
+    library, why = _library()
+    assert library is not None, why
+    return getattr(library, name)
+
+
 def _call(name: str, *arguments: Any) -> None:
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     assert all(a.is_contiguous() for a in tensors), name
     if not all(map(_has_contents, tensors)):
         return
-    library, why = _library()
-    assert library is not None, why
-    if getattr(library, name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)):
+    if _function(name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)):
         raise MemoryError(f"{name}: no memory for its working space")
 
 
@@ -232,3 +240,55 @@ def score(
     entropy_R = logit_RV.new_empty(len(logit_RV) if entropy else 0)
     _call("score", logit_RV, target_R, factor, logp_R, entropy_R if entropy else None, slope_RV, *logit_RV.shape)
     return logp_R, entropy_R
+
+
+# A step of the sampler: short work many times. Its callers ask `serve` and hand over tensors in one piece.
+
+
+def decode_heads(
+    joined_SX: Tensor, weight_nE: Tensor | None, eps: float, turn_SE: Tensor, n_heads: int, n_kv: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From joined projections, (S, (H + 2h) E) with pairs side by side: queries (S, H, E) and keys (S, h, E) normed,
+    where there is a weight (H + h, E), and turned by (S, E) cosines and sines in pairs; values (S, h, E)."""
+    n, size = turn_SE.shape
+    q, k, v = (joined_SX.new_empty((n, heads, size)) for heads in (n_heads, n_kv, n_kv))
+    _function("decode_heads")(
+        joined_SX.data_ptr(), None if weight_nE is None else weight_nE.data_ptr(), eps, turn_SE.data_ptr(),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), n, n_heads, n_kv, size,
+    )  # fmt: skip
+    return q, k, v
+
+
+def decode_attend(
+    q_SHE: Tensor, k_ShE: Tensor, v_ShE: Tensor, prompt_k_PhLE: Tensor, prompt_v_PhLE: Tensor,
+    places: tuple[Tensor, Tensor, Tensor], blocks: Sequence[tuple[Tensor, Tensor]], n_columns: int,
+    scale: float, window: int | None,
+) -> Tensor:  # fmt: skip
+    """Writes keys and values of this step into column `n_columns` of `blocks`, pairs of (S or more, h, B, E) that have
+    room for it, and attends: each answer sees its prompt and its own columns. `places`: the group of each answer, its
+    first column, and the length of each group's prompt, int64. (S, H, E)"""
+    out = torch.empty_like(q_SHE)
+    flat = [x for k, v in blocks for x in (k.data_ptr(), v.data_ptr(), k.shape[2])]
+    n_slots, n_heads, size = q_SHE.shape
+    pointers = (x.data_ptr() for x in (q_SHE, k_ShE, v_ShE, out, prompt_k_PhLE, prompt_v_PhLE, *places))
+    if _function("decode_attend")(
+        *pointers, (_LONG * len(flat))(*flat), len(blocks), n_slots, n_heads, k_ShE.shape[1], size,
+        prompt_k_PhLE.shape[2], n_columns, window or 0, scale,
+    ):  # fmt: skip
+        raise MemoryError("decode_attend: no memory for its working space")
+    return out
+
+
+def decode_gate(joined_SX: Tensor) -> Tensor:
+    """silu(g) ⊙ u of joined rows (S, 2F): (S, F)"""
+    n, width = joined_SX.shape
+    h_SF = joined_SX.new_empty((n, width // 2))
+    _function("decode_gate")(joined_SX.data_ptr(), h_SF.data_ptr(), n, width // 2)
+    return h_SF
+
+
+def decode_unit(x_SD: Tensor, ones_D: Tensor, eps: float) -> Tensor:
+    """x · (mean x² + eps)^−½"""
+    y_SD, rate_S = torch.empty_like(x_SD), x_SD.new_empty(len(x_SD))
+    _function("norm")(x_SD.data_ptr(), ones_D.data_ptr(), y_SD.data_ptr(), rate_S.data_ptr(), *x_SD.shape, eps)
+    return y_SD

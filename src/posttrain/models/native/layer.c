@@ -123,18 +123,6 @@ int turn_backward(const float *g, const float *x, const float *w, const float *r
   return 0;
 }
 
-/* σ(x), without overflow on either side; a NaN stays one. */
-static inline vec sigmoid(vec x) {
-  vec e = vexp(choose(x < zero(), x, -x)), one = zero() + 1.0f;
-  return choose(x < zero(), e, one) / (one + e);
-}
-
-/* silu(x) = x σ(x). `n` is split into whole vectors and a rest that is copied out and in. */
-static inline void gate_vec(const float *g, const float *u, float *h) {
-  vec x = load(g);
-  store(h, x * sigmoid(x) * load(u));
-}
-
 void gate(const float *g, const float *u, float *h, long n) {
   long whole = n / W * W;
 #pragma omp parallel for schedule(static)
