@@ -38,23 +38,32 @@ Logits = Callable[[Tensor, Tensor, Attends, Tensor | None], Tensor]
 class Product:
     """x ↦ W x + b."""
 
-    weight: Tensor  # (outputs, inputs); as oneDNN lays it out where `packed`
+    weight: Tensor  # (outputs, inputs); as oneDNN lays it out where `kind` says so; (inputs, outputs) for our kernel
     bias: Tensor | None
-    packed: bool
+    kind: str  # "torch", "onednn" or "kernel"
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None) -> Product:
-        packed = weight.numel() >= PACKED_FROM and weight.dtype == torch.float32 and weight.is_cpu and has_onednn()
-        return cls(pack(weight) if packed else weight, bias, packed)
+        if weight.numel() >= PACKED_FROM and weight.dtype == torch.float32 and weight.is_cpu and has_onednn():
+            return cls(pack(weight), bias, "onednn")
+        if weight.shape[0] % kernels.VECTOR == 0 and kernels.serve(weight, bias):
+            return cls(weight.t().contiguous(), None if bias is None else bias.contiguous(), "kernel")
+        return cls(weight, bias, "torch")
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed:
+        if self.kind == "onednn":
             return onednn(x, self.weight, self.bias)
+        if self.kind == "kernel":
+            return kernels.decode_product(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def onto(self, x: Tensor, y: Tensor) -> Tensor:
         """x + W y, in x's place. Has no bias."""
-        return x.add_(self(y)) if self.packed else x.addmm_(y, self.weight.t())
+        if self.kind == "onednn":
+            return x.add_(self(y))
+        if self.kind == "kernel":
+            return kernels.decode_product(y, self.weight, None, x)
+        return x.addmm_(y, self.weight.t())
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,3 +150,15 @@ def _steps(random: Callable[..., Tensor]) -> Iterator[Found]:
         yield "heads of a step", torch.cat(kernels.decode_heads(joined, norm, 1e-3, turn.flatten(1), 4, 2), 1), theirs
     gate, up = random(3, 37), random(3, 37)
     yield "gate of a step", kernels.decode_gate(torch.cat([gate, up], 1)), F.silu(gate) * up
+    x, weight, bias, base = random(5, 37), random(48, 37), random(48), random(5, 48)
+    yield "product of a step", kernels.decode_product(x, weight.t().contiguous(), bias), F.linear(x, weight, bias)
+    yield (
+        "product of a step",
+        kernels.decode_product(x, weight.t().contiguous(), None, base.clone()),
+        base + x @ weight.t(),
+    )
+    logits, at = random(64, 101) * 3, torch.linspace(0, 1 - 2**-52, 64, dtype=torch.float64)
+    token, logp = kernels.decode_draw(logits, at)
+    until = logits.double().softmax(-1).cumsum(-1)
+    yield "draw", token.float(), (until <= at[:, None] * until[:, -1:]).sum(-1).clamp(max=100).float()
+    yield "draw", logp, logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)

@@ -3,6 +3,7 @@
    An answer's keys are those of its prompt, (P, h, L, E), and its own, one a step, in blocks of columns (S, h, B, E). */
 
 #include "common.h"
+#include "gemm.h"
 
 #define HIDDEN -3e38f
 
@@ -55,12 +56,6 @@ static inline float dot(const float *a, const float *b, long E) {
   return found;
 }
 
-static inline void add_scaled(float *to, const float *from, float x, long E) {
-  long e = 0;
-  for (; e + W <= E; e += W) store(to + e, load(to + e) + x * load(from + e));
-  for (; e < E; e++) to[e] += x * from[e];
-}
-
 /* Keys [first, last) of `k`, rows of E, against every query of the group; scores start at `at`. */
 static void score_keys(const float *q, long group, const float *k, long first, long last, long E, float *s, long room,
                        long at) {
@@ -68,10 +63,28 @@ static void score_keys(const float *q, long group, const float *k, long first, l
     for (long g = 0; g < group; g++) s[g * room + at + j - first] = dot(q + g * E, k + j * E, E);
 }
 
+/* Up to four vectors of a value at a time: their sums stay in registers over all keys. */
+static inline __attribute__((always_inline)) void add_vectors(int n, float *out, const float *v, long keys, long E,
+                                                              const float *p) {
+  vec sum[4];
+  for (int i = 0; i < n; i++) sum[i] = load(out + i * W);
+  for (long j = 0; j < keys; j++)
+    for (int i = 0; i < n; i++) sum[i] += p[j] * load(v + j * E + i * W);
+  for (int i = 0; i < n; i++) store(out + i * W, sum[i]);
+}
+
 static void add_values(float *out, long group, const float *v, long first, long last, long E, const float *p, long room,
                        long at) {
-  for (long j = first; j < last; j++)
-    for (long g = 0; g < group; g++) add_scaled(out + g * E, v + j * E, p[g * room + at + j - first], E);
+  for (long g = 0; g < group; g++) {
+    const float *pg = p + g * room + at, *from = v + first * E;
+    float *to = out + g * E;
+    long e = 0;
+    for (; e + 4 * W <= E; e += 4 * W) add_vectors(4, to + e, from + e, last - first, E, pg);
+    for (; e + 3 * W <= E; e += 3 * W) add_vectors(3, to + e, from + e, last - first, E, pg);
+    for (; e + W <= E; e += W) add_vectors(1, to + e, from + e, last - first, E, pg);
+    for (long j = 0; j < last - first; j++)
+      for (long i = e; i < E; i++) to[i] += pg[j] * from[j * E + i];
+  }
 }
 
 static long most(long a, long b) { return a > b ? a : b; }
@@ -154,4 +167,74 @@ void decode_gate(const float *joined, float *h, long S, long F) {
       memcpy(h + s * F + whole, rest[2], bytes);
     }
   }
+}
+
+/* y (S, N) = x W + b, or y += x W where `onto`; W (K, N), N a multiple of W floats. */
+void decode_product(const float *x, const float *weight, const float *bias, float *y, long S, long K, long N, long onto) {
+#pragma omp parallel for schedule(static)
+  for (long j = 0; j < N; j += 2 * W) {
+    long n = N - j < 2 * W ? N - j : 2 * W;
+    gemm(S, n, K, x, K, 1, weight + j, N, y + j, N, onto);
+    if (bias)
+      for (long s = 0; s < S; s++)
+        for (long i = j; i < j + n; i++) y[s * N + i] += bias[i];
+  }
+}
+
+#define SPAN 64 /* of the vocabulary, whose sums are searched first */
+
+/* exp(x − top) of n floats, n at most SPAN; their sum. */
+static inline float exps(const float *x, long n, float top, float *to) {
+  long vectors = n / W * W;
+  vec sums = zero();
+  for (long i = 0; i < vectors; i += W) {
+    vec y = vexp(load(x + i) - top);
+    store(to + i, y);
+    sums += y;
+  }
+  float sum = sum_of(sums);
+  for (long i = vectors; i < n; i++) sum += to[i] = expf(x[i] - top);
+  return sum;
+}
+
+/* One token for each row of logits (S, V): the first at which the running sum of probabilities passes `at` of all, and
+   its log-probability. A row that is not a number gives the last token and NaN. */
+int decode_draw(const float *logit, const double *at, int64_t *token, float *logp, long S, long V) {
+  long spans = (V + SPAN - 1) / SPAN;
+  int failed = 0;
+#pragma omp parallel reduction(| : failed)
+  {
+    double *until = aligned(spans * sizeof(double));
+    failed = until == NULL;
+#pragma omp for schedule(static)
+    for (long s = 0; s < S; s++) {
+      if (!until) continue;
+      const float *x = logit + s * V;
+      float top = x[0], y[SPAN];
+      long whole = V / W * W;
+      if (whole) top = row_max(x, whole);
+      for (long i = whole; i < V; i++) top = x[i] > top ? x[i] : top;
+      double total = 0;
+      for (long b = 0; b < spans; b++) {
+        long first = b * SPAN;
+        until[b] = total += exps(x + first, V - first < SPAN ? V - first : SPAN, top, y);
+      }
+      double wanted = at[s] * total;
+      long b = 0;
+      while (b < spans - 1 && !(until[b] > wanted)) b++;
+      /* A span's sum, taken in another order, may be a little less: what is found must be one that can be drawn. */
+      long first = b * SPAN, n = V - first < SPAN ? V - first : SPAN, found = V - 1;
+      double rest = wanted - (b ? until[b - 1] : 0), sum = 0;
+      exps(x + first, n, top, y);
+      for (long i = 0; i < n; i++) {
+        if (y[i] > 0) found = first + i;
+        sum += y[i];
+        if (sum > rest) break;
+      }
+      token[s] = found;
+      logp[s] = x[found] - top - (float)log(total);
+    }
+    free(until);
+  }
+  return failed;
 }

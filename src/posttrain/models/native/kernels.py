@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from posttrain.models.native.library import load
 
+VECTOR = 16  # floats of the widest vector: sizes that must be whole vectors are multiples of it
 REAL = (Tensor, nn.Parameter)  # those without contents are of other classes, or on no device
 _estimating: ContextVar[bool] = ContextVar("estimating", default=False)
 SAME = 1e-5  # largest difference from torch's results, by the largest of them
@@ -37,10 +38,14 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "gate_backward": (*[_POINTER] * 5, _LONG),
     "decode_heads": (_POINTER, _POINTER, _FLOAT, *[_POINTER] * 4, *[_LONG] * 4),
     "decode_attend": (*[_POINTER] * 10, *[_LONG] * 8, _FLOAT),
+    "decode_product": (*[_POINTER] * 4, *[_LONG] * 4),
+    "decode_draw": (*[_POINTER] * 4, _LONG, _LONG),
     "decode_gate": (*[_POINTER] * 2, _LONG, _LONG),
     "score": (_POINTER, _POINTER, _FLOAT, *[_POINTER] * 3, _LONG, _LONG),
 }
-_WITH_STATUS = frozenset({"attend", "attend_backward", "decode_attend", "norm_backward", "turn_backward"})
+_WITH_STATUS = frozenset(
+    {"attend", "attend_backward", "decode_attend", "decode_draw", "norm_backward", "turn_backward"}
+)
 
 
 @cache
@@ -292,3 +297,23 @@ def decode_unit(x_SD: Tensor, ones_D: Tensor, eps: float) -> Tensor:
     y_SD, rate_S = torch.empty_like(x_SD), x_SD.new_empty(len(x_SD))
     _function("norm")(x_SD.data_ptr(), ones_D.data_ptr(), y_SD.data_ptr(), rate_S.data_ptr(), *x_SD.shape, eps)
     return y_SD
+
+
+def decode_product(x_SK: Tensor, weight_KN: Tensor, bias_N: Tensor | None, onto_SN: Tensor | None = None) -> Tensor:
+    """x W + b, or onto + x W in its place; N a multiple of `VECTOR`."""
+    n, width = len(x_SK), weight_KN.shape[1]
+    out = x_SK.new_empty((n, width)) if onto_SN is None else onto_SN
+    bias = None if bias_N is None else bias_N.data_ptr()
+    where = x_SK.data_ptr(), weight_KN.data_ptr(), bias, out.data_ptr()
+    _function("decode_product")(*where, n, *weight_KN.shape, onto_SN is not None)
+    return out
+
+
+def decode_draw(logit_SV: Tensor, at_S: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row by inverting the cumulative distribution at `at` (float64, below 1), and its log-probability."""
+    token_S, logp_S = torch.empty(len(at_S), dtype=torch.int64), logit_SV.new_empty(len(at_S))
+    if _function("decode_draw")(
+        logit_SV.data_ptr(), at_S.data_ptr(), token_S.data_ptr(), logp_S.data_ptr(), *logit_SV.shape
+    ):
+        raise MemoryError("decode_draw: no memory for its working space")
+    return token_S, logp_S
