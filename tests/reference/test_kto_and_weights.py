@@ -167,6 +167,6 @@ def test_figures_of_rated_answers_by_hand() -> None:
 
 
 def test_a_good_answer_has_fallen_below_a_hundredth_of_a_nat() -> None:
-    """Of four good ones two fell, one by less than rounding, one rose; the bad one that fell does not count."""
-    policy = RatedLogps(t(-3, -2.011, -2.009, -1, -9), torch.ones(5), torch.tensor([True] * 4 + [False]))
-    assert unpaired.rated_figures(policy, t(-2, -2, -2, -2, -2))["good_fallen_share"] == Mean(2.0, 4)
+    """Of five good ones two fell, one by less than rounding, two rose; the bad one that fell does not count."""
+    policy = RatedLogps(t(-3, -2.011, -2.009, -1, 0, -9), torch.ones(6), torch.tensor([True] * 5 + [False]))
+    assert unpaired.rated_figures(policy, t(-2, -2, -2, -2, -2, -2))["good_fallen_share"] == Mean(2.0, 5)

@@ -77,6 +77,7 @@ def test_a_step_and_an_evaluation_by_hand(loss_type: str, tmp_path: Path) -> Non
     assert evaluation is not None
     assert evaluation.metrics["eval_row_loss"] == pytest.approx(total / 2, rel=1e-4)
     assert evaluation.metrics.get("eval_kto_z0", 0.0) == pytest.approx(z0, rel=1e-4)
+    assert replace(objective, held_out=kto.Rows([], [])).evaluate() is None
     batch = objective.batch(1)
     _, total = expected(objective.rows, objective.steps[1])
     assert objective.loss(batch.items).total.item() == pytest.approx(total, rel=1e-4)
