@@ -107,7 +107,9 @@ def test_keys_of_methods_without_a_reference_become_the_loss_s_parameters() -> N
     )
     asked = {**SMOOTHED, "cpo_alpha": 0.3}
     assert cpo.pair_loss(CPOSettings(**ROWS, **asked)) == PairLoss((Term("cpo", asked),))
-    assert orpo.pair_loss(ORPOSettings(**ROWS, beta=0.7)) == PairLoss((Term("orpo", {"beta": 0.7}),))
+    found = orpo.pair_loss(ORPOSettings(**ROWS, beta=0.7))
+    assert found == PairLoss((Term("orpo", {"beta": 0.7}),))
+    assert (found.tail_alpha, found.weighting, found.whole_batch) == (None, False, False)
 
 
 def test_keys_of_dpo_become_the_parameters_of_the_losses_that_read_them() -> None:
