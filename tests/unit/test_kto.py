@@ -122,6 +122,8 @@ def test_good_and_bad_rows_are_shuffled_together_and_weighed(tmp_path: Path) -> 
     s = toy.METHODS["kto"].settings(desirable_weight=2.0)
     stage = toy.stage_in(policy, toy.place_in(tmp_path))
     assert kto.weigh(stage, s, objective.rows.rated) == (2.0, 1.0)
+    s = toy.METHODS["kto"].settings(undesirable_weight=3.0)
+    assert kto.weigh(stage, s, objective.rows.rated) == (1.0, 3.0)
     with pytest.raises(DataError, match="all 8 answers are good"):
         kto.weigh(stage, s, [r for r in objective.rows.rated if r.good])
 
