@@ -29,7 +29,7 @@ import hashlib
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -147,6 +147,7 @@ def main() -> None:
     asked.add_argument("--seeds", nargs="*", type=int, default=[1, 2])
     asked.add_argument("--prompts", type=int, default=192, help="held-out prompts sampled for the length drift")
     asked.add_argument("--tune", action="store_true", help="try rates on the development part instead")
+    asked.add_argument("--rates", nargs="*", type=float, default=list(TRIED), help="to try")
     asked.add_argument("--out", type=Path, default=RESULTS)
     given = asked.parse_args()
     base = load_policy(str(ASSETS / "tiny-base"))
@@ -156,7 +157,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         study = Study(data, base, renderer, Path(folder))
         if given.tune:
-            write(given.out / "preference_rates.json", {**told, "rates": tune(study, given.losses)})
+            for lines in tune(study, given.losses, given.rates):
+                write(given.out / "preference_rates.json", {**told, "rates": lines})
             return
         judged, drifted = [], []
         for seed in given.seeds:
@@ -239,14 +241,14 @@ def train_on(trees: Sequence[Tree], loss: str, stage: Stage, **changes: Any) -> 
 # --- what was learned ------------------------------------------------------------------------------------------------
 
 
-def tune(study: Study, losses: Sequence[str]) -> list[dict[str, Any]]:
-    """Accuracy on the development part at every rate tried."""
+def tune(study: Study, losses: Sequence[str], rates: Sequence[float]) -> Iterator[list[dict[str, Any]]]:
+    """Accuracy on the development part at every rate tried so far."""
     start, lines = after_sft(study, TUNING_SEED), []
     for loss in losses:
-        for rate in TRIED:
+        for rate in rates:
             found = learn(loss, TUNING_SEED, start, study, part="development", learning_rate=rate)
             lines.append({"loss": loss, "learning_rate": rate, **mean_of(found.everything)})
-    return lines
+            yield lines
 
 
 def learn(loss: str, seed: int, start: Policy, study: Study, part: str = "held_out", **changes: Any) -> Judged:
