@@ -13,7 +13,13 @@ SFT model, which is KL(policy ‖ SFT), per answer and per token; and how often 
 pair gained more, counted per answer and per token for both losses.
 
 `--development` asks the development prompts, after training with another seed, and writes
-results/length_drift_development.json: it is for choosing the settings below.
+results/length_drift_development.json. The pairs (both sources, up to the model's whole context), the rate, the epochs
+and the betas, which are the package's defaults, were settled there before a held-out prompt was asked.
+
+Which loss drifts more depends on the pairs. DPO adds up tokens, so long pairs outweigh short ones: where the chosen
+answer is the longer one mostly among long pairs, it learns that from them. With token means every pair weighs the same,
+but the token that ends an answer weighs 1/length: a very short rejected answer pushes endings down hard. `ending_push`
+tells both from the lengths alone: how strongly the pairs ask, at the first step, for endings to become rarer.
 """
 
 from __future__ import annotations
@@ -154,6 +160,17 @@ def shape(rows: Sequence[Tree]) -> dict[str, Any]:
         "chosen_tokens": round(fmean(c for c, _ in tokens), 1),
         "rejected_tokens": round(fmean(r for _, r in tokens), 1),
         "chosen_is_longer": round(fmean(c > r for c, r in tokens), 3),
+        "ending_push": ending_push(tokens),
+    }
+
+
+def ending_push(tokens: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Of a model that ends answers with probability 1/L̄ at every token, L̄ the mean length: the slope of the mean margin
+    along the logit of the ending, with the sign turned round. Under token means times L̄, to be comparable."""
+    mean = fmean(n for pair in tokens for n in pair)
+    return {
+        "DPO": round(fmean(c - r for c, r in tokens) / mean, 3),
+        "length-normalised": round(mean * fmean(1 / r - 1 / c for c, r in tokens), 3),
     }
 
 
