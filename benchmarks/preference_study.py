@@ -6,16 +6,16 @@
 The packaged base model is trained by SFT on chosen answers, then by each loss from that same start, once per seed.
 
 Prompts fall into three parts by their hash: rows to train on, a development part, and a held-out part. Learning rates
-were chosen by accuracy on the development part, in an earlier form of this study; `--tune` tries rates there again.
-The held-out part has decided nothing. Of a development or held-out prompt one pair counts, so that pairs are
-independent.
+are chosen by accuracy on the development part (`--tune`, with a seed of its own); the held-out part has decided
+nothing. Of a development or held-out prompt one pair counts, so that pairs are independent.
 
 A pair is ranked right when the chosen answer gained more log-probability on the SFT model than the rejected one: per
 answer, or per token where the loss works with token means. A model that learned nothing is right in half of them.
 Intervals are 95 %: over held-out pairs, of each pair's mean over the seeds (bootstrap). Beside them stands what
 "the longer answer gained more" or "the shorter one" would have reached.
 
-One JSON line per loss and seed; the file has them together. `--limit N` takes N rows per source, to try it out.
+One JSON line per loss and seed; the file has them together, each loss with the commit that measured it. `--losses`
+measures some anew and leaves the others in the file. `--limit N` takes N rows per source, to try it out.
 """
 
 from __future__ import annotations
@@ -145,10 +145,17 @@ def main() -> None:
         judged: list[Judged] = []
         for seed in given.seeds:
             start = after_sft(study, seed)
-            judged += [learn(loss, seed, start, study) for loss in given.losses]
-            seeds = sorted({j.seed for j in judged})
-            found = [accuracy([j for j in judged if j.loss == loss]) for loss in given.losses]
-            write(given.out / "preference_study.json", {**told, "seeds": seeds, "losses": found})
+            for loss in given.losses:
+                judged.append(learn(loss, seed, start, study))
+                found = accuracy([j for j in judged if j.loss == loss])
+                among_others(given.out / "preference_study.json", {**found, **told})
+
+
+def among_others(file: Path, found: Mapping[str, Any]) -> None:
+    """Into the file, where other losses stay as an earlier command left them."""
+    kept = json.loads(file.read_text(encoding="utf-8"))["losses"] if file.exists() else []
+    by_name = {each["loss"]: each for each in [*kept, found]}
+    write(file, {"losses": [by_name[loss] for loss in LOSSES if loss in by_name]})
 
 
 def split(file: Path, renderer: Renderer, limit: int | None) -> Split:
@@ -273,6 +280,7 @@ def accuracy(runs: Sequence[Judged]) -> dict[str, Any]:
     return {
         "loss": runs[0].loss,
         "keys": LOSSES[runs[0].loss][1],
+        "seeds": [run.seed for run in runs],
         **found,
         "excludes_chance": found["interval"][0] > 0.5,
         "of_each_seed": [mean_of(run.everything) for run in runs],
