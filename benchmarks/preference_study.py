@@ -73,8 +73,8 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "sigmoid": ("dpo", {"learning_rate": 1e-4}),
     "ipo": ("dpo", {"loss_type": "ipo", "learning_rate": 1e-4}),
     "apo_zero": ("dpo", {"loss_type": "apo_zero", "learning_rate": 1e-4}),
-    "kto": ("kto", {"per_device_train_batch_size": 32, "learning_rate": 1e-4}),
-    "simpo": ("simpo", {"learning_rate": 1e-4}),
+    "kto": ("kto", {"per_device_train_batch_size": 32, "learning_rate": 3e-4}),
+    "simpo": ("simpo", {"learning_rate": 3e-4}),
     "orpo": ("orpo", {"beta": 1.0, "learning_rate": 3e-4}),  # mostly likelihood: λ at its upper end
     "sigmoid_norm": ("dpo", {"loss_type": "sigmoid_norm", "learning_rate": 1e-4}),
 }
