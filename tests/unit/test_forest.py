@@ -10,6 +10,7 @@ from tiny import FOREST, PADDED, gradients, largest_gap, mixed_trees, random_tre
 from posttrain.errors import ModelError
 from posttrain.models import forest as forest_module
 from posttrain.models.forest import build_forest
+from posttrain.models.native import kernels
 from posttrain.models.padded import build_padded
 from posttrain.models.policy import Policy
 from posttrain.records import Branch, Tree
@@ -110,7 +111,7 @@ def test_loss_table_worked_by_hand() -> None:
 def test_masks_worked_by_hand() -> None:
     """An answer of 2 tokens on a trunk of 3: its queries have depth 3 and 4. A window of 3 hides depths ≤ depth - 3."""
     batch = build_forest([tree((1, 2, 3), (4, 5), (6, 7))])
-    answers = next(g for g in batch.groups if not g.plain_causal)
+    answers = next(g for g in batch.groups().groups if not g.plain_causal)
     assert answers.key_index_RK.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]]
     assert answers.mask(None)[0, 0].int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert answers.mask(3)[0, 0].int().tolist() == [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
@@ -119,20 +120,23 @@ def test_masks_worked_by_hand() -> None:
 def test_rows_of_unlike_lengths_fall_into_several_groups_and_keep_their_order() -> None:
     trees = [random_tree(i, 2, n) for i, n in enumerate((40, 3, 38, 9, 2))] + [random_tree(9, 20, 3, 18, 4)]
     batch = build_forest(trees)
-    assert len(batch.groups) >= 5
-    assert batch.query_index[batch.place_T].tolist() == list(range(len(batch.token_ids_T)))
-    for group in batch.groups:
+    laid = batch.groups()
+    assert len(laid.groups) >= 5
+    assert laid.query_index[laid.place_T].tolist() == list(range(len(batch.token_ids_T)))
+    for group in laid.groups:
         n_queries = group.query_index_RQ.numel()
         assert int(group.valid_RQ.sum()) / n_queries > forest_module.MIN_FILL**2
 
 
 def test_a_group_is_split_when_its_scores_would_grow_too_big(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, trees = tiny_policy("llama"), [random_tree(i, 4, 6) for i in range(6)]
-    whole = build_forest(trees)
+    monkeypatch.setattr(kernels, "serve", lambda *_: False)
+    batch = build_forest(trees)
+    whole, hidden = batch.groups(), policy.hidden(batch)
     monkeypatch.setattr(forest_module, "MAX_GROUP_SCORES", 2 * 10 * 10)
-    split = build_forest(trees)
+    split = batch.groups()
     assert (len(whole.groups), len(split.groups)) == (1, 3)
-    torch.testing.assert_close(policy.hidden(split), policy.hidden(whole), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(policy.hidden(batch), hidden, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("layout", ["forest", "padded"])

@@ -94,8 +94,7 @@ def test_it_counts_what_real_tensors_take(kind: str) -> None:
     model.config.use_cache = False
     policy = Policy(model.train(), None)
     batch = policy.batch(TREES)
-    fixed = [batch.token_ids_T, batch.position_ids_T, batch.query_index, batch.key_index, batch.place_T]
-    fixed += [t for g in batch.groups for t in (g.query_index_RQ, g.key_index_RK, g.prefix_R, g.valid_RQ)]
+    fixed = [batch.token_ids_T, batch.position_ids_T]
     table = batch.table
     read = [t for p in (table.hidden, table.own) for t in (p.index_N, p.kept_K, p.place_N) if t is not None]
     fixed += [*read, table.target_N, table.branch_N]

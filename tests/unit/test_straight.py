@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from posttrain.models import straight
 from posttrain.models.load import probe_forest
+from posttrain.models.native import kernels
 from posttrain.models.policy import Policy
 from posttrain.models.straight import straight_of
 from posttrain.records import Request, Sampling
@@ -167,9 +168,17 @@ def test_what_is_not_exactly_of_this_make_goes_its_own_way(change: Callable[[Pol
     assert straight_of(policy.decoder) is None
 
 
-def test_the_probe_of_every_load_sees_a_wrong_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_the_probe_of_every_load_sees_a_wrong_turn(by_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy("qwen3", seed=0)
     assert probe_forest(policy) is None
-    right = straight._rotate
-    monkeypatch.setattr(straight, "_rotate", lambda x, cos, sin, direction: right(x, cos, sin, -direction))
+    if by_kernel:
+        if reason := kernels.fault():
+            pytest.skip(reason)
+        turn = kernels.turn
+        monkeypatch.setattr(kernels, "turn", lambda x, weight, eps, cos, sin: turn(x, weight, eps, cos, -sin))
+    else:
+        right = straight._rotate
+        monkeypatch.setattr(kernels, "serve", lambda *_: False)
+        monkeypatch.setattr(straight, "_rotate", lambda x, cos, sin, direction: right(x, cos, sin, -direction))
     assert "log-probs differ" in str(probe_forest(policy))

@@ -46,7 +46,17 @@ class Finding:
 def doctor(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Look at this machine: packages, cores, memory, disk, GPU, and the files the package carries."""
     folder = paths.home_dir(home)
-    findings = [_python(), *_packages(), _cores(), _memory(), *_home(folder), _gpu(), _sandbox(), *_assets()]
+    findings = [
+        _python(),
+        *_packages(),
+        _cores(),
+        _memory(),
+        *_home(folder),
+        _gpu(),
+        _kernels(),
+        _sandbox(),
+        *_assets(),
+    ]
     missing = [finding for finding in findings if finding.needed and not finding.ok]
     if as_json:
         print_json({"ok": not missing, "findings": [asdict(finding) for finding in findings]})
@@ -143,6 +153,17 @@ def _gpu() -> Finding:
         return Finding("gpu", f"driver present, torch {torch.__version__} sees none", False, False, remedy)
     names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     return Finding("gpu", names, needed=False)
+
+
+def _kernels() -> Finding:
+    """What makes training on a CPU fast; without it everything runs, slower."""
+    from posttrain.models.native.library import built
+
+    found = built()
+    remedy = "Install a C compiler with OpenMP (Debian: apt install gcc). Without them, training on a CPU is slower."
+    if found.path is None:
+        return Finding("kernels", found.fault, ok=False, needed=False, remedy=remedy)
+    return Finding("kernels", f"built for this processor: {found.path}", needed=False)
 
 
 def _sandbox() -> Finding:

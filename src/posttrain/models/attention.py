@@ -18,9 +18,11 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
-from posttrain.models.forest import AttentionGroup, ForestBatch
+from posttrain.models.forest import AttentionGroup, ForestBatch, Groups
+from posttrain.models.native import kernels
 from posttrain.models.varlen import Packed, attend_packed, serves
 
 IMPLEMENTATION = "posttrain_forest"
@@ -56,6 +58,8 @@ class ForestAttention:
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     _packed: Packed | None = None
+    _rows: kernels.Rows | None = None
+    _groups: Groups | None = None
 
     def attend(self, call: AttentionCall, q_THD: Tensor, k_ThD: Tensor, v_ThD: Tensor) -> Tensor:
         if self.keep_keys:
@@ -66,21 +70,32 @@ class ForestAttention:
             if self._packed is None:
                 self._packed = Packed.of(batch)
             return attend_packed(self._packed, q_THD, k_ThD, v_ThD, scale=call.scale, window=call.window)
-        queries = [g.query_index_RQ.shape for g in batch.groups]
-        keys = [g.key_index_RK.shape for g in batch.groups]
+        plain = call.softcap is None and not call.dropout and q_THD.shape[-1] == v_ThD.shape[-1]
+        if plain and kernels.serve(q_THD, k_ThD, v_ThD):
+            if self._rows is None:
+                rows = [(r.start, r.length, r.prefix_start, r.prefix_length) for r in batch.rows]
+                self._rows = kernels.Rows.of(rows)
+            scale = q_THD.shape[-1] ** -0.5 if call.scale is None else call.scale
+            found: Tensor = _Rows.apply(q_THD, k_ThD, v_ThD, self._rows, scale, call.window)
+            return found
+        if self._groups is None:
+            self._groups = batch.groups()
+        laid = self._groups
+        queries = [g.query_index_RQ.shape for g in laid.groups]
+        keys = [g.key_index_RK.shape for g in laid.groups]
         q, k, v = (
             _rows(x, index, shapes)
             for x, index, shapes in (
-                (q_THD, batch.query_index, queries),
-                (k_ThD, batch.key_index, keys),
-                (v_ThD, batch.key_index, keys),
+                (q_THD, laid.query_index, queries),
+                (k_ThD, laid.key_index, keys),
+                (v_ThD, laid.key_index, keys),
             )
         )
         parts = [
             _attend_rows(call, q[i], k[i], v[i], self._mask(i, group, call.window)).transpose(1, 2).flatten(0, 1)
-            for i, group in enumerate(batch.groups)
+            for i, group in enumerate(laid.groups)
         ]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).index_select(0, batch.place_T)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).index_select(0, laid.place_T)
 
     def _mask(self, index: int, group: AttentionGroup, window: int | None) -> Tensor | None:
         if window is not None and window >= group.key_index_RK.shape[1]:
@@ -91,6 +106,25 @@ class ForestAttention:
         if key not in self._masks:
             self._masks[key] = group.mask(window)
         return self._masks[key]
+
+
+class _Rows(torch.autograd.Function):
+    """Attention by the C kernels, row by row where the tokens stand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: kernels.Rows, scale: float, window: int | None
+    ) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, lse = kernels.attend(q, k, v, rows, scale, window)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.others = rows, scale, window
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        return *kernels.attend_backward(g.contiguous(), ctx.saved_tensors, *ctx.others), None, None, None
 
 
 def _rows(x_THD: Tensor, index: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

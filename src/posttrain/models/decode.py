@@ -23,8 +23,9 @@ from torch import Tensor
 
 from posttrain.models.attention import Attends, AttentionCall
 from posttrain.models.head import Head
+from posttrain.models.native import kernels
 from posttrain.models.products import has_onednn, onednn, pack
-from posttrain.models.straight import Layer, Norm, Straight
+from posttrain.models.straight import Layer, Straight, rate
 
 READY_BYTES = 1 << 28  # what the sampler's own copy of the weights may take
 # Weights with fewer entries are multiplied as they are: what oneDNN adds to each call is more than what it saves.
@@ -37,23 +38,32 @@ Logits = Callable[[Tensor, Tensor, Attends, Tensor | None], Tensor]
 class Product:
     """x ↦ W x + b."""
 
-    weight: Tensor  # (outputs, inputs); as oneDNN lays it out where `packed`
+    weight: Tensor  # (outputs, inputs); as oneDNN lays it out where `kind` says so; (inputs, outputs) for our kernel
     bias: Tensor | None
-    packed: bool
+    kind: str  # "torch", "onednn" or "kernel"
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None) -> Product:
-        packed = weight.numel() >= PACKED_FROM and weight.dtype == torch.float32 and weight.is_cpu and has_onednn()
-        return cls(pack(weight) if packed else weight, bias, packed)
+        if weight.numel() >= PACKED_FROM and weight.dtype == torch.float32 and weight.is_cpu and has_onednn():
+            return cls(pack(weight), bias, "onednn")
+        if weight.shape[0] % kernels.VECTOR == 0 and kernels.serve(weight, bias):
+            return cls(weight.t().contiguous(), None if bias is None else bias.contiguous(), "kernel")
+        return cls(weight, bias, "torch")
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed:
+        if self.kind == "onednn":
             return onednn(x, self.weight, self.bias)
+        if self.kind == "kernel":
+            return kernels.decode_product(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
     def onto(self, x: Tensor, y: Tensor) -> Tensor:
         """x + W y, in x's place. Has no bias."""
-        return x.add_(self(y)) if self.packed else x.addmm_(y, self.weight.t())
+        if self.kind == "onednn":
+            return x.add_(self(y))
+        if self.kind == "kernel":
+            return kernels.decode_product(y, self.weight, None, x)
+        return x.addmm_(y, self.weight.t())
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +71,12 @@ class Ready:
     """One layer, ready to be run."""
 
     call: AttentionCall
-    before: Tensor  # eps of the norm
+    before: float  # eps of the norm
     qkv: Product
-    qk_eps: Tensor | None
+    qk_eps: float
     qk_weight: Tensor | None  # (H + h, E), with the scale of the scores in the queries' rows
     o: Product
-    after: Tensor
+    after: float
     gate_up: Product
     down: Product
 
@@ -76,8 +86,9 @@ class Decoder:
     straight: Straight
     layers: tuple[Ready, ...]
     turn: Tensor  # e^{iθ} of every position and pair, (positions, 1, E / 2)
-    last: Tensor  # eps of the last norm
+    last: float  # eps of the last norm
     head: Product
+    ones_D: Tensor
 
     def logits(
         self, token_ids_T: Tensor, position_ids_T: Tensor, attends: Attends, keep_K: Tensor | None = None
@@ -85,31 +96,42 @@ class Decoder:
         """(T, V) logits of the token after each, or (K, V) after the tokens `keep_K`."""
         x_TD = self.straight.decoder.embed_tokens(token_ids_T)
         turn_T1E = self.turn.index_select(0, position_ids_T)
+        fast = kernels.serve(x_TD, self.ones_D)
         for layer in self.layers:
-            x_TD = self._step(layer, x_TD, turn_T1E, attends, keep_K if layer is self.layers[-1] else None)
-        return self.head(x_TD * _rate(x_TD, self.last))
+            kept = keep_K if layer is self.layers[-1] else None
+            joined_TX = layer.qkv(self._unit(x_TD, layer.before, fast))
+            seen_TD = attends.attend(layer.call, *self._heads(layer, joined_TX, turn_T1E, fast)).reshape(len(x_TD), -1)
+            if kept is not None:
+                x_TD, seen_TD = x_TD.index_select(0, kept), seen_TD.index_select(0, kept)
+            x_TD = layer.o.onto(x_TD, seen_TD)
+            x_TD = layer.down.onto(x_TD, _gated(layer.gate_up(self._unit(x_TD, layer.after, fast)), fast))
+        return self.head(self._unit(x_TD, self.last, fast))
 
-    def _step(self, layer: Ready, x_TD: Tensor, turn_T1E: Tensor, attends: Attends, keep_K: Tensor | None) -> Tensor:
-        n_turned = self.straight.n_heads + self.straight.n_kv
-        heads = layer.qkv(x_TD * _rate(x_TD, layer.before)).view(len(x_TD), n_turned + self.straight.n_kv, -1)
-        if layer.qk_weight is not None and layer.qk_eps is not None:
+    def _unit(self, x_TD: Tensor, eps: float, fast: bool) -> Tensor:
+        """x · (mean x² + eps)^−½"""
+        return kernels.decode_unit(x_TD, self.ones_D, eps) if fast else x_TD * rate(x_TD, eps)
+
+    def _heads(self, layer: Ready, joined_TX: Tensor, turn_T1E: Tensor, fast: bool) -> tuple[Tensor, Tensor, Tensor]:
+        n_heads, n_kv = self.straight.n_heads, self.straight.n_kv
+        if fast:
+            turn_TE = torch.view_as_real(turn_T1E).flatten(1)
+            return kernels.decode_heads(joined_TX, layer.qk_weight, layer.qk_eps, turn_TE, n_heads, n_kv)
+        n_turned = n_heads + n_kv
+        heads = joined_TX.view(len(joined_TX), n_turned + n_kv, -1)
+        if layer.qk_weight is not None:
             qk = heads[:, :n_turned]
-            qk.mul_(_rate(qk, layer.qk_eps)).mul_(layer.qk_weight)
+            qk.mul_(rate(qk, layer.qk_eps)).mul_(layer.qk_weight)
         pairs = torch.view_as_complex(heads.unflatten(2, (-1, 2)))
-        q = torch.view_as_real(pairs[:, : self.straight.n_heads] * turn_T1E).flatten(2)
-        k = torch.view_as_real(pairs[:, self.straight.n_heads : n_turned] * turn_T1E).flatten(2)
-        seen_TD = attends.attend(layer.call, q, k, heads[:, n_turned:]).reshape(len(x_TD), -1)
-        if keep_K is not None:
-            x_TD, seen_TD = x_TD.index_select(0, keep_K), seen_TD.index_select(0, keep_K)
-        x_TD = layer.o.onto(x_TD, seen_TD)
-        gate, up = layer.gate_up(x_TD * _rate(x_TD, layer.after)).chunk(2, dim=1)
-        return layer.down.onto(x_TD, F.silu(gate).mul_(up))
+        q = torch.view_as_real(pairs[:, :n_heads] * turn_T1E).flatten(2)
+        k = torch.view_as_real(pairs[:, n_heads:n_turned] * turn_T1E).flatten(2)
+        return q, k, heads[:, n_turned:]
 
 
-def _rate(x: Tensor, eps: Tensor) -> Tensor:
-    """(mean x² + eps)^−½ over the last axis."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.addcmul(eps, length, length, value=1.0 / x.shape[-1]).rsqrt_()
+def _gated(joined_TX: Tensor, fast: bool) -> Tensor:
+    if fast:
+        return kernels.decode_gate(joined_TX)
+    gate, up = joined_TX.chunk(2, dim=1)
+    return F.silu(gate).mul_(up)
 
 
 def decoder_of(straight: Straight, head: Head, n_positions: int) -> Decoder | None:
@@ -128,8 +150,9 @@ def decoder_of(straight: Straight, head: Head, n_positions: int) -> Decoder | No
         straight,
         tuple(_ready(layer, straight.n_heads, straight.n_kv) for layer in layers),
         _turns(straight, n_positions, weight),
-        _eps(Norm(final.weight, final.variance_epsilon)),
+        final.variance_epsilon,
         Product.of(weight * final.weight, head.bias_V),
+        torch.ones_like(final.weight),
     )
 
 
@@ -154,12 +177,12 @@ def _ready(layer: Layer, n_heads: int, n_kv: int) -> Ready:
     gate_up = torch.cat([layer.gate.weight, layer.up.weight]).mul_(layer.after.weight_D)
     return Ready(
         call=AttentionCall(layer.index, 1.0, layer.window, None, 0.0),
-        before=_eps(layer.before),
+        before=layer.before.eps,
         qkv=Product.of(qkv, torch.cat([*biases, layer.v.bias]) if biases else None),
-        qk_eps=None if layer.q_norm is None else _eps(layer.q_norm),
+        qk_eps=0.0 if layer.q_norm is None else layer.q_norm.eps,
         qk_weight=qk_weight,
         o=Product.of(layer.o.weight),
-        after=_eps(layer.after),
+        after=layer.after.eps,
         gate_up=Product.of(gate_up),
         down=Product.of(layer.down.weight),
     )
@@ -168,7 +191,3 @@ def _ready(layer: Layer, n_heads: int, n_kv: int) -> Ready:
 def _paired(rows: Tensor, n_heads: int) -> Tensor:
     """Within each head's rows, those of a pair that turns together side by side."""
     return rows.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def _eps(norm: Norm) -> Tensor:
-    return norm.weight_D.new_tensor(norm.eps)

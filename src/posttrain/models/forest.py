@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from posttrain.records import Tree
 
@@ -25,6 +26,10 @@ Ints = NDArray[np.int64]
 MIN_FILL = 0.85
 # and while the group's score matrix stays below this many entries per head.
 MAX_GROUP_SCORES = 1 << 24
+# On a CPU, larger batches end with tokens that nobody reads, up to a multiple of ROUND: its kernels for products are
+# made for a number of rows, which takes as long as a small product, and round numbers come again.
+ROUND = 64
+ROUND_FROM = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,10 @@ class AttentionGroup:
     prefix_R: Tensor
     valid_RQ: Tensor  # false where a query only pads its row
     plain_causal: bool  # no row has a prefix: the causal mask alone is right
+
+    def to(self, device: torch.device | str) -> AttentionGroup:
+        query, key, prefix = (x.to(device) for x in (self.query_index_RQ, self.key_index_RK, self.prefix_R))
+        return AttentionGroup(query, key, prefix, self.valid_RQ.to(device), self.plain_causal)
 
     def mask(self, window: int | None) -> Tensor:
         """(R, 1, Q, K) bool: which keys a query may see; `window` is a sliding attention window in tokens."""
@@ -88,16 +97,41 @@ class LossTable:
 
 
 @dataclass(frozen=True, slots=True)
+class Groups:
+    """Attention rows in groups of similar shape, for kernels that want tensors without gaps."""
+
+    groups: tuple[AttentionGroup, ...]
+    query_index: Tensor  # of all groups, one after the other: one gather per layer instead of one per group
+    key_index: Tensor
+    place_T: Tensor  # where each token stands among all those queries
+
+    @classmethod
+    def of(cls, rows: Sequence[AttentionRow], device: torch.device | str) -> Groups:
+        with _disable_current_modes():  # index arithmetic needs contents, also where memory is only estimated
+            groups = [_group(g) for g in _bucket(rows)]
+            query_index, key_index, valid = (
+                torch.cat([x.flatten() for x in part])
+                for part in zip(*((g.query_index_RQ, g.key_index_RK, g.valid_RQ) for g in groups), strict=True)
+            )
+            real = valid.nonzero().squeeze(1)
+            place_T = torch.empty_like(real)
+            place_T[query_index[real]] = real
+        return cls(
+            tuple(g.to(device) for g in groups), query_index.to(device), key_index.to(device), place_T.to(device)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ForestBatch:
     """A forest on a device, with everything the forward pass and the head need."""
 
     token_ids_T: Tensor
     position_ids_T: Tensor
-    groups: tuple[AttentionGroup, ...]
-    query_index: Tensor  # of all groups, one after the other: one gather per layer instead of one per group
-    key_index: Tensor
-    place_T: Tensor  # where each token stands among all those queries
+    rows: tuple[AttentionRow, ...]  # every token is a query of exactly one
     table: LossTable
+
+    def groups(self) -> Groups:
+        return Groups.of(self.rows, self.token_ids_T.device)
 
 
 class _Row:
@@ -147,20 +181,19 @@ def build_forest(
             before[:1] = trunk_start + n_trunk - 1
             hidden_index.append(before[scored])
             own_index.append(start + scored)
-    groups = tuple(_group(g, device) for g in _bucket(row.attention))
-    query_index = torch.cat([g.query_index_RQ.flatten() for g in groups])
-    real = torch.cat([g.valid_RQ.flatten() for g in groups]).nonzero().squeeze(1)
-    place_T = torch.empty_like(real)
-    place_T[query_index[real]] = real
+    _round(row, device)
     return ForestBatch(
         token_ids_T=torch.from_numpy(_joined(row.token_ids)).to(device),
         position_ids_T=torch.from_numpy(_joined(row.positions)).to(device),
-        groups=groups,
-        query_index=query_index,
-        key_index=torch.cat([g.key_index_RK.flatten() for g in groups]),
-        place_T=place_T,
+        rows=tuple(row.attention),
         table=loss_table(trees, hidden_index, own_index, device),
     )
+
+
+def _round(row: _Row, device: torch.device | str) -> None:
+    n_more = -row.n_tokens % ROUND
+    if n_more and row.n_tokens >= ROUND_FROM and torch.device(device).type == "cpu":
+        row.attend(row.lay((0,) * n_more, 0), n_more)
 
 
 def loss_table(
@@ -191,7 +224,7 @@ def _joined(parts: Sequence[Ints]) -> Ints:
     return np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
 
-def _bucket(rows: list[AttentionRow]) -> Iterator[list[AttentionRow]]:
+def _bucket(rows: Sequence[AttentionRow]) -> Iterator[list[AttentionRow]]:
     """Rows of similar shape together, longest first, prefix rows apart from plain ones."""
     rows = sorted(rows, key=lambda r: (r.prefix_length > 0, r.n_keys, r.length), reverse=True)
     group: list[AttentionRow] = []
@@ -209,7 +242,7 @@ def _bucket(rows: list[AttentionRow]) -> Iterator[list[AttentionRow]]:
         yield group
 
 
-def _group(rows: list[AttentionRow], device: torch.device | str) -> AttentionGroup:
+def _group(rows: list[AttentionRow]) -> AttentionGroup:
     def column(values: Iterator[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.long)
 
@@ -224,9 +257,9 @@ def _group(rows: list[AttentionRow], device: torch.device | str) -> AttentionGro
     # Padded keys point at the row's first query; every real query masks them, being less deep.
     key_index_RK = torch.where(k < (prefix + length)[:, None], key_index_RK, start[:, None])
     return AttentionGroup(
-        query_index_RQ=query_index_RQ.to(device),
-        key_index_RK=key_index_RK.to(device),
-        prefix_R=prefix.to(device),
-        valid_RQ=valid_RQ.to(device),
+        query_index_RQ=query_index_RQ,
+        key_index_RK=key_index_RK,
+        prefix_R=prefix,
+        valid_RQ=valid_RQ,
         plain_causal=not bool(prefix.any()),
     )

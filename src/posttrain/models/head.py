@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from posttrain.models.products import product
+from posttrain.models.native import kernels
+from posttrain.models.products import has_onednn, onednn, pack, product
 
 TILE = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits of a tile: on a CPU it should stay in its cache
+PACKED_UP_TO = 1 << 23  # entries of a weight: a copy of more would be felt
 LEAST_ROWS = 64  # of a tile, or its matrix products become slow
 HALF = (torch.float16, torch.bfloat16)
 KEEP = {"cpu": 1 << 26, "cuda": 1 << 28}  # entries of the slope that may be kept for the backward pass
@@ -37,6 +39,7 @@ class Head:
     softcap: float | None = None
     scale: float = 1.0  # Granite divides, Cohere multiplies its logits
     compute: torch.dtype | None = None  # of the products, where it is not that of the hidden states
+    packed: Tensor | None = None  # the weight as a CPU's kernels read it, for many products while it does not change
 
     def taken(self, hidden_ND: Tensor) -> Tensor:
         """Hidden states as the products take them. Under autocast a decoder hands out float32, and it ends before the
@@ -47,10 +50,20 @@ class Head:
         """With weights in the type of the products: for many products while they do not change."""
         return self if self.compute is None else replace(self, weight_VD=self.weight_VD.to(self.compute))
 
+    def laid_out(self, n_tiles: int) -> Head:
+        """For so many products without gradients: a small weight is laid out once instead of in each."""
+        weight = self.weight_VD
+        if n_tiles < 2 or weight.numel() > PACKED_UP_TO or not kernels.serve(weight) or not has_onednn():
+            return self
+        return replace(self, packed=pack(weight.detach()))
+
     def logits(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
         """(N, V) in float32 or wider. For the sampler and the tiles below; never call it on a whole training batch."""
         hidden_ND = self.taken(hidden_ND)
-        logit_NV = _wide_product(hidden_ND, self.weight_VD.to(hidden_ND.dtype))
+        if self.packed is not None:
+            logit_NV = onednn(hidden_ND, self.packed, None)
+        else:
+            logit_NV = _wide_product(hidden_ND, self.weight_VD.to(hidden_ND.dtype))
         if self.bias_V is not None:
             logit_NV += self.bias_V
         if self.softcap is not None:
@@ -142,11 +155,16 @@ def score(
 @torch.no_grad()
 def log_probs(hidden_ND: Tensor, target_N: Tensor, head: Head, temperature: float = 1.0) -> Tensor:
     """(N,) `score`'s log-probabilities and nothing else."""
-    head = head.ready()
+    tiles = _tiles(hidden_ND.shape[0], head.weight_VD.shape[0], hidden_ND.device)
+    head = head.ready().laid_out(len(tiles))
     logp_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=_wide(hidden_ND))
-    for tile in _tiles(hidden_ND.shape[0], head.weight_VD.shape[0], hidden_ND.device):
-        logp_RV = head.logits(hidden_ND[tile], temperature).log_softmax(-1)
-        logp_N[tile] = logp_RV.gather(1, target_N[tile, None]).squeeze(1)
+    for tile in tiles:
+        hidden_RD, target_R = hidden_ND[tile], target_N[tile]
+        if _has_kernel(head, hidden_RD):
+            logp_N[tile], _ = _score_by_kernel(head, hidden_RD, target_R, temperature, None, entropy=False)
+        else:
+            logp_RV = head.logits(hidden_RD, temperature).log_softmax(-1)
+            logp_N[tile] = logp_RV.gather(1, target_R[:, None]).squeeze(1)
     return logp_N
 
 
@@ -169,10 +187,30 @@ def _tiles(n: int, vocabulary: int, device: torch.device) -> list[slice]:
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
+def _has_kernel(head: Head, hidden_RD: Tensor, slope_RV: Tensor | None = None) -> bool:
+    return head.softcap is None and kernels.serve(hidden_RD, head.weight_VD, head.bias_V, slope_RV)
+
+
+def _score_by_kernel(
+    head: Head,
+    hidden_RD: Tensor,
+    target_R: Tensor,
+    temperature: float,
+    slope_RV: Tensor | None,
+    *,
+    entropy: bool = True,
+) -> tuple[Tensor, Tensor]:
+    logit_RV = replace(head, scale=1.0).logits(hidden_RD)
+    factor = head.scale / temperature
+    return kernels.score(logit_RV, target_R.contiguous(), factor, entropy=entropy, slope_RV=slope_RV)
+
+
 def _score_tile(
     head: Head, hidden_RD: Tensor, target_R: Tensor, temperature: float, slope_RV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(logp_R, entropy_R): one tile. Writes −d logp / d raw, less the factor scale / temperature, into `slope_RV`."""
+    if _has_kernel(head, hidden_RD, slope_RV):
+        return _score_by_kernel(head, hidden_RD, target_R, temperature, slope_RV)
     logit_RV = head.logits(hidden_RD, temperature)
     factor_RV = _squash(logit_RV, head, temperature) if slope_RV is not None else None
     logp_RV = logit_RV.log_softmax(-1)
@@ -201,15 +239,16 @@ class _Score(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, softcap, scale, temperature):  # type: ignore[no-untyped-def]
         compute = weight_VD.to(hidden_ND.dtype)  # once, not once a tile
-        head = Head(compute, bias_V, softcap, scale)
         n, vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
+        tiles = _tiles(n, vocabulary, hidden_ND.device)
+        head = Head(compute, bias_V, softcap, scale).laid_out(len(tiles))
         logp_N = hidden_ND.new_empty(n, dtype=_wide(hidden_ND))
         entropy_N = torch.empty_like(logp_N)
         needs_hidden, trains = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         keeps = trains and n * vocabulary <= _on(hidden_ND.device, KEEP)
         slope_NV = hidden_ND.new_empty(n, vocabulary) if keeps else None
         slope_ND = torch.empty_like(hidden_ND) if needs_hidden and not keeps else None
-        for tile in _tiles(n, vocabulary, hidden_ND.device):
+        for tile in tiles:
             slope_RV = slope_NV[tile] if slope_NV is not None else None
             if slope_ND is not None:
                 slope_RV = hidden_ND.new_empty(slope_ND[tile].shape[0], vocabulary)

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from posttrain.models.attention import IMPLEMENTATION, Attends, AttentionCall
+from posttrain.models.forest import ROUND, ROUND_FROM
+from posttrain.models.native import kernels
 from posttrain.models.products import product, product_onto
 
 DECODERS = frozenset({"LlamaModel", "Qwen2Model", "Qwen3Model"})
@@ -74,13 +76,15 @@ class Straight:
         self, token_ids_T: Tensor, position_ids_T: Tensor, attends: Attends, keep_K: Tensor | None = None
     ) -> Tensor:
         """Final hidden states (T, D), or (K, D) of the tokens `keep_K`."""
+        n_kept = None if keep_K is None else len(keep_K)
+        keep_K = None if keep_K is None else _rounded(keep_K)
         x_TD = self.decoder.embed_tokens(token_ids_T)
         cos, sin = self._turns(x_TD, position_ids_T)
         for layer in self.layers:
             kept = keep_K if layer is self.layers[-1] else None
             x_TD = self.step(layer, x_TD, cos, sin, attends, kept)
         final = self.decoder.norm
-        return _Norm.apply(x_TD, final.weight, final.variance_epsilon)
+        return _Norm.apply(x_TD if n_kept is None else x_TD[:n_kept], final.weight, final.variance_epsilon)
 
     def _turns(self, x_TD: Tensor, position_ids_T: Tensor) -> tuple[Tensor, Tensor]:
         if self.turns is not None:
@@ -132,6 +136,14 @@ class Straight:
         if size <= JOINED_BYTES:
             layers = tuple(_joined(layer, self.n_heads, self.n_kv) for layer in self.layers)
         return Straight(self.decoder, layers, self.n_heads, self.n_kv, (cos[0][:, None], sin[0][:, None]))
+
+
+def _rounded(keep_K: Tensor) -> Tensor:
+    """A round number of tokens, for the same reason as a batch has one: the last again, which nobody reads."""
+    n_more = -len(keep_K) % ROUND
+    if keep_K.device.type != "cpu" or len(keep_K) < ROUND_FROM or not n_more:
+        return keep_K
+    return torch.cat([keep_K, keep_K[-1:].expand(n_more)])
 
 
 def straight_of(decoder: Any) -> Straight | None:
@@ -237,28 +249,36 @@ def _turned(x_THE: Tensor, norm: Norm | None, cos: Tensor, sin: Tensor) -> Tenso
 
 def _normed(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """(y, r)."""
-    r = _rate(x, norm.eps)
+    if x.is_contiguous() and x.ndim == 2 and kernels.serve(x, norm.weight_D):
+        return kernels.norm(x, norm.weight_D, norm.eps)
+    r = rate(x, norm.eps)
     return (x * r).mul_(norm.weight_D), r
 
 
-def _rate(x: Tensor, eps: float) -> Tensor:
+def rate(x: Tensor, eps: float) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def _norm_backward(
-    g: Tensor, x: Tensor, r: Tensor, weight_D: Tensor, wanted: bool = True
+    g: Tensor, x: Tensor, r: Tensor, weight_D: Tensor, wanted: bool = True, more: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """(gradient of x, gradient of the weight) from that of y; g is spent.
+    """(gradient of x, and `more`; gradient of the weight) from that of y; g is spent.
 
     dx = r · (g ⊙ w − x̂ · mean(g ⊙ w ⊙ x̂)), x̂ = x · r;  dw = Σ g ⊙ x̂
     """
+    if (
+        x.ndim == 2
+        and all(t is None or t.is_contiguous() for t in (g, x, more))
+        and kernels.serve(g, x, weight_D, more)
+    ):
+        return kernels.norm_backward(g, x, r, weight_D, wanted, more)
     x_hat = x * r
     product = g * x_hat
     weight_gradient = product.flatten(0, -2).sum(0) if wanted else None
     share = (product @ weight_D).div_(-x.shape[-1])[..., None]
     g.mul_(weight_D).addcmul_(x_hat, share).mul_(r)
-    return g, weight_gradient
+    return g if more is None else g.add_(more), weight_gradient
 
 
 class _Norm(torch.autograd.Function):
@@ -311,6 +331,10 @@ class _Turn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_E: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+        if kernels.serve(x, weight_E, cos):
+            y, r = kernels.turn(x.contiguous(), weight_E, eps, cos.contiguous(), sin.contiguous())
+            ctx.save_for_backward(cos, sin, *(() if r is None else (x, r, weight_E)))
+            return y
         if weight_E is None:
             ctx.save_for_backward(cos, sin)
             return _rotate(x, cos, sin, 1)
@@ -322,6 +346,11 @@ class _Turn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         cos, sin, *normed = ctx.saved_tensors
+        if kernels.serve(g, cos, *normed):
+            kept = (normed[0].contiguous(), normed[1], normed[2]) if normed else None
+            wanted = ctx.needs_input_grad[1]
+            dx, dw = kernels.turn_backward(g.contiguous(), cos.contiguous(), sin.contiguous(), kept, wanted)
+            return dx, dw, None, None, None
         g = _rotate(g, cos, sin, -1)
         if not normed:
             return g, None, None, None, None
@@ -363,20 +392,32 @@ class _Mlp(torch.autograd.Function):
         n, r = _normed(x, Norm(weight_D, eps))
         g_TF, u_TF = product(n, gate), product(n, up)
         ctx.save_for_backward(x, r, weight_D, g_TF, u_TF, gate, up, down)
-        return product_onto(x, F.silu(g_TF).mul_(u_TF), down)
+        return product_onto(x, _gated(g_TF, u_TF), down)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, r, weight_D, g_TF, u_TF, gate, up, down = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        dh_TF = product(dy, down.t())
-        s_TF = F.silu(g_TF)
-        du_TF = dh_TF * s_TF
-        d_down = dy.t() @ s_TF.mul_(u_TF) if needs[5] else None
-        dg_TF = torch.ops.aten.silu_backward(dh_TF.mul_(u_TF), g_TF)
+        h_TF, dg_TF, du_TF = _gated_backward(product(dy, down.t()), g_TF, u_TF)
+        d_down = dy.t() @ h_TF if needs[5] else None
+        del h_TF
         n = (x * r).mul_(weight_D)
         d_gate = dg_TF.t() @ n if needs[3] else None
         d_up = du_TF.t() @ n if needs[4] else None
-        dx, dw = _norm_backward(_into((dg_TF, du_TF), (gate, up)), x, r, weight_D, needs[1])
-        return dx.add_(dy), dw, None, d_gate, d_up, d_down
+        dx, dw = _norm_backward(_into((dg_TF, du_TF), (gate, up)), x, r, weight_D, needs[1], dy)
+        return dx, dw, None, d_gate, d_up, d_down
+
+
+def _gated(g_TF: Tensor, u_TF: Tensor) -> Tensor:
+    """silu(g) ⊙ u"""
+    return kernels.gate(g_TF, u_TF) if kernels.serve(g_TF, u_TF) else F.silu(g_TF).mul_(u_TF)
+
+
+def _gated_backward(dh_TF: Tensor, g_TF: Tensor, u_TF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(silu(g) ⊙ u again, gradient of g, gradient of u); dh is spent."""
+    if kernels.serve(dh_TF, g_TF, u_TF):
+        return kernels.gate_backward(dh_TF, g_TF, u_TF)
+    s_TF = F.silu(g_TF)
+    du_TF = dh_TF * s_TF
+    return s_TF.mul_(u_TF), torch.ops.aten.silu_backward(dh_TF.mul_(u_TF), g_TF), du_TF

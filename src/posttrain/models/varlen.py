@@ -39,22 +39,21 @@ class Packed:
 
     @classmethod
     def of(cls, batch: ForestBatch) -> Packed:
-        """Nothing here waits for the device, except the list of keys where answers share prompts."""
-        groups = batch.groups
-        start_R = torch.cat([g.query_index_RQ[:, 0] for g in groups])
-        order_R = start_R.argsort()
-        start_R = start_R[order_R]
-        length_R = torch.cat([g.valid_RQ.sum(1) for g in groups])[order_R]
-        longest = max(g.query_index_RQ.shape[1] for g in groups), max(g.key_index_RK.shape[1] for g in groups)
+        """Nothing here waits for the device."""
+        rows = sorted(batch.rows, key=lambda r: r.start)
+        device = batch.token_ids_T.device
+        start_R, length_R, prefix_start_R, prefix_R = torch.tensor(
+            [(r.start, r.length, r.prefix_start, r.prefix_length) for r in rows], device=device
+        ).unbind(1)
+        longest = max(r.length for r in rows), max(r.n_keys for r in rows)
         query_end_R = _ends(length_R)
-        if all(g.plain_causal for g in groups):
+        if not any(r.prefix_length for r in rows):
             return cls(None, query_end_R, query_end_R, *longest)
-        prefix_R = torch.cat([g.prefix_R for g in groups])[order_R]
-        prefix_start_R = torch.cat([g.key_index_RK[:, 0] for g in groups])[order_R]
         n_keys_R = prefix_R + length_R
         key_end_R = _ends(n_keys_R)
-        row_K = torch.arange(len(n_keys_R), device=n_keys_R.device).repeat_interleave(n_keys_R)
-        place_K = torch.arange(len(row_K), device=row_K.device) - key_end_R[row_K]
+        n_keys = sum(r.n_keys for r in rows)
+        row_K = torch.arange(len(rows), device=device).repeat_interleave(n_keys_R, output_size=n_keys)
+        place_K = torch.arange(n_keys, device=device) - key_end_R[row_K]
         own_K = (start_R - prefix_R)[row_K] + place_K
         key_K = torch.where(place_K < prefix_R[row_K], prefix_start_R[row_K] + place_K, own_K)
         return cls(key_K, query_end_R, key_end_R, *longest)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from posttrain.models.native import kernels
+
 
 @contextmanager
 def kernels_of(device: str) -> Iterator[None]:
@@ -20,6 +22,7 @@ def kernels_of(device: str) -> Iterator[None]:
 
     Attention without a mask takes a fused kernel on either device. With a mask (several answers on one prompt) a CPU
     does too; on a GPU, grouped heads with a mask leave only the kernel that lays out all scores.
+    On a CPU the C kernels take what they take of real tensors (models/native).
     Mixture-of-experts layers take the grouped product that is defined for every number format.
     """
     stock = F.scaled_dot_product_attention
@@ -42,6 +45,7 @@ def kernels_of(device: str) -> Iterator[None]:
         return torch.ops.transformers.grouped_mm_fallback(x, weight, offs=offs)
 
     with ExitStack() as patches:
+        patches.enter_context(kernels.estimating(device == "cpu"))
         patches.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
         for owner, name in ((F, "grouped_mm"), (torch, "_grouped_mm")):
             if hasattr(owner, name):

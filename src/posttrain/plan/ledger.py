@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from posttrain.models.memory import MAPPED_FROM
+from posttrain.models.native import kernels  # noqa: F401  defines the operations that are counted below
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,16 @@ def _attention_backward(_grad: Tensor, query: Tensor, key: Tensor, value: Tensor
     return 5 * _attention(query, key, value) // 2  # scores again, and four gradients
 
 
+def _rows(query: Tensor, *others: Any, out_val: Any) -> int:
+    """The C kernels': two products a score, of the head's size; the last argument is how many there are."""
+    del out_val
+    return 4 * others[-1] * query.shape[1] * query.shape[2]
+
+
+def _rows_backward(query: Tensor, *others: Any, out_val: Any) -> int:
+    return 5 * _rows(query, *others, out_val=out_val) // 2
+
+
 def _grouped(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     """Every row meets one expert's matrix, whichever that is."""
     return 2 * x.shape[0] * weight.shape[-1] * weight.shape[-2]
@@ -151,6 +162,8 @@ _OWN_FORMULAS: dict[Any, Any] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     _aten.addmm_: _added_product,
+    torch.ops.posttrain.attend: _rows,
+    torch.ops.posttrain.attend_backward: _rows_backward,
 }
 
 

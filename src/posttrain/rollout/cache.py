@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from posttrain.models.attention import AttentionCall
+from posttrain.models.native import kernels
 
 GROW = 32  # columns of a new block
 DROP = 8  # prompts leave when one in so many has no answer under way: before, moving the others costs more
@@ -93,6 +94,7 @@ class ForestCache:
     layers: dict[int, LayerCache] = field(default_factory=dict)
     _grids: dict[int, Grid | None] = field(default_factory=dict)  # by key heads
     _biases: dict[int | None, Tensor | None] = field(default_factory=dict)  # by window
+    _places: tuple[Tensor, Tensor, Tensor] | None = None  # group_S, begun_S and prompt_length_P for the kernels
 
     @property
     def depth_S(self) -> np.ndarray:
@@ -116,6 +118,9 @@ class ForestCache:
     def attend(self, call: AttentionCall, q_SHE: Tensor, k_ShE: Tensor, v_ShE: Tensor) -> Tensor:
         """One new token per slot sees its prompt, its own answer so far and itself."""
         layer = self.layers[call.layer]
+        plain = call.softcap is None and q_SHE.shape[2] == v_ShE.shape[2]
+        if plain and kernels.serve(q_SHE, k_ShE, v_ShE, layer.prompt_k_PhLE):
+            return self._by_kernel(layer, call, q_SHE.contiguous(), k_ShE.contiguous(), v_ShE.contiguous())
         n_slots, n_heads, size = q_SHE.shape
         n_kv, n_prompt = k_ShE.shape[1], layer.prompt_k_PhLE.shape[2]
         share, scale, grid = n_heads // n_kv, call.scale, self._grid(n_kv)
@@ -138,6 +143,19 @@ class ForestCache:
             out.baddbmm_(weights[:, :, at : at + v_UBE.shape[1]], v_UBE)
             at += v_UBE.shape[1]
         return out.view(n_slots, n_heads, -1)  # values may be narrower than keys
+
+    def _by_kernel(self, layer: LayerCache, call: AttentionCall, q_SHE: Tensor, k_ShE: Tensor, v_ShE: Tensor) -> Tensor:
+        if layer.room == self.n_columns:
+            layer.widen(k_ShE, v_ShE)
+        if self._places is None:
+            of_slots = (self.group_S, self.begun_S, self.prompt_length_P)
+            group, begun, length = (torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in of_slots)
+            self._places = group, begun, length
+        scale = q_SHE.shape[2] ** -0.5 if call.scale is None else call.scale
+        return kernels.decode_attend(
+            q_SHE, k_ShE, v_ShE, layer.prompt_k_PhLE, layer.prompt_v_PhLE, self._places, layer.own, self.n_columns,
+            scale, call.window,
+        )  # fmt: skip
 
     def _own(self, layer: LayerCache, k_ShE: Tensor, v_ShE: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Write this step's column; the keys and values of all, (S·h, B, E) in each block."""
@@ -195,6 +213,7 @@ class ForestCache:
         self._drop_prompts()
         self._grids.clear()
         self._biases.clear()
+        self._places = None
         return order_K
 
     def _drop_columns(self) -> None:

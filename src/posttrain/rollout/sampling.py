@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from posttrain.models.native import kernels
 from posttrain.records import Sampling
 
 BLOCK = 64  # of the vocabulary, when a token is searched
@@ -50,8 +51,12 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: np.ndarray) -> Drawn:
         return Drawn(token_B, logp_B)
     if sampling.temperature != 1.0:
         logits_BV = logits_BV / sampling.temperature
-    p_BV = truncate(logits_BV, sampling).softmax(-1)
-    token_B, total_B = _invert(p_BV, torch.from_numpy(np.minimum(uniform_B, LAST)).to(logits_BV.device))
+    logits_BV = truncate(logits_BV, sampling)
+    uniform_B = np.minimum(uniform_B, LAST)
+    if logits_BV.is_contiguous() and kernels.serve(logits_BV):
+        return Drawn(*kernels.decode_draw(logits_BV, torch.from_numpy(uniform_B)))
+    p_BV = logits_BV.softmax(-1)
+    token_B, total_B = _invert(p_BV, torch.from_numpy(uniform_B).to(logits_BV.device))
     logp_B = p_BV.gather(1, token_B[:, None]).squeeze(1).log() - total_B.log().to(p_BV.dtype)
     return Drawn(token_B, logp_B)
 
