@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from posttrain.models.memory import MAPPED_FROM
 from posttrain.models.native import kernels
 from posttrain.models.products import has_onednn, onednn, pack, product
 
@@ -235,6 +236,40 @@ def _squash(logit_RV: Tensor, head: Head, temperature: float) -> Tensor | None:
     return (logit_RV * (temperature / head.softcap)).square_().neg_().add_(1.0)
 
 
+def _parts(tiles: list[slice], device: torch.device) -> list[slice]:
+    """Whole tiles together: on a CPU as many as fit a block of memory that is held on to (models/memory.py)."""
+    n = max(1, MAPPED_FROM // (TILE["cpu"] * 4) - 1) if device.type == "cpu" else max(1, len(tiles))
+    return [slice(tiles[i].start, tiles[min(i + n, len(tiles)) - 1].stop) for i in range(0, len(tiles), n)]
+
+
+def _from_slopes(
+    slopes: list[Tensor], hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, grad_N1: Tensor, needs: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias. Rows' factors are taken out of the products: no pass over (N, V)."""
+    compute = weight_VD.to(hidden_ND.dtype)
+    grad_hidden = torch.empty_like(hidden_ND) if needs[0] else None
+    grad_weight = grad_bias = None
+    first = 0
+    for slope_RV in slopes:
+        part = slice(first, first := first + len(slope_RV))
+        if grad_hidden is not None:
+            torch.mul(product(slope_RV, compute.t()), grad_N1[part], out=grad_hidden[part])
+        scaled_RD = grad_N1[part] * hidden_ND[part]
+        if grad_weight is None:
+            grad_weight = slope_RV.T @ scaled_RD
+        else:
+            grad_weight.addmm_(slope_RV.T, scaled_RD)
+        if bias_V is not None:
+            of_bias = (slope_RV.T @ grad_N1[part]).squeeze(1)
+            grad_bias = of_bias if grad_bias is None else grad_bias.add_(of_bias)
+    assert grad_weight is not None
+    return (
+        grad_hidden,
+        grad_weight.to(weight_VD.dtype),
+        grad_bias.to(bias_V.dtype) if grad_bias is not None and bias_V is not None else None,
+    )
+
+
 class _Score(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, softcap, scale, temperature):  # type: ignore[no-untyped-def]
@@ -246,34 +281,37 @@ class _Score(torch.autograd.Function):
         entropy_N = torch.empty_like(logp_N)
         needs_hidden, trains = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         keeps = trains and n * vocabulary <= _on(hidden_ND.device, KEEP)
-        slope_NV = hidden_ND.new_empty(n, vocabulary) if keeps else None
+        parts = _parts(tiles, hidden_ND.device) if keeps else []  # without `keeps` they may be many GB
+        slopes = [hidden_ND.new_empty(part.stop - part.start, vocabulary) for part in parts]
         slope_ND = torch.empty_like(hidden_ND) if needs_hidden and not keeps else None
-        for tile in tiles:
-            slope_RV = slope_NV[tile] if slope_NV is not None else None
+        rows = [row for part in slopes for row in part.split(tiles[0].stop)]
+        for i, tile in enumerate(tiles):
+            slope_RV = rows[i] if keeps else None
             if slope_ND is not None:
                 slope_RV = hidden_ND.new_empty(slope_ND[tile].shape[0], vocabulary)
             logp_N[tile], entropy_N[tile] = _score_tile(head, hidden_ND[tile], target_N[tile], temperature, slope_RV)
             if slope_ND is not None:
                 assert slope_RV is not None
                 slope_ND[tile] = product(slope_RV, compute.t())
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, slope_ND, slope_NV)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, slope_ND, *slopes)
         ctx.constants = softcap, scale, temperature
         ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N
 
     @staticmethod
     def backward(ctx, grad_N, _entropy):  # type: ignore[no-untyped-def]
-        hidden_ND, weight_VD, bias_V, target_N, slope_ND, slope_NV = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, target_N, slope_ND, *slopes = ctx.saved_tensors
         softcap, scale, temperature = ctx.constants
         grad_N = grad_N * (-scale / temperature)  # what the slopes were left without
         grad_N1 = grad_N[:, None].to(hidden_ND.dtype)
-        if slope_NV is not None:
-            # The factor of each row is taken out of the products: no pass over (N, V).
-            compute = weight_VD.to(hidden_ND.dtype)
-            grad_hidden = product(slope_NV, compute.t()).mul_(grad_N1) if ctx.needs_input_grad[0] else None
-            grad_weight = (slope_NV.T @ (grad_N1 * hidden_ND)).to(weight_VD.dtype)
-            grad_bias = (slope_NV.T @ grad_N1).squeeze(1).to(bias_V.dtype) if bias_V is not None else None
-            return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        if slopes:
+            return (
+                *_from_slopes(slopes, hidden_ND, weight_VD, bias_V, grad_N1, ctx.needs_input_grad),
+                None,
+                None,
+                None,
+                None,
+            )
         grad_hidden = slope_ND * grad_N1 if slope_ND is not None else None
         if not any(ctx.needs_input_grad[1:3]):
             return grad_hidden, None, None, None, None, None, None

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from posttrain.models.attention import IMPLEMENTATION, Attends, AttentionCall
 from posttrain.models.forest import ROUND, ROUND_FROM
+from posttrain.models.memory import MAPPED_FROM
 from posttrain.models.native import kernels
 from posttrain.models.products import product, product_onto
 
@@ -32,6 +33,7 @@ NORMS = frozenset({"LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
 STATIC_ROPE = frozenset({"default", "linear", "llama3"})  # the others turn by how long the whole row is
 # The sampler's copy of the weights, joined so that a step makes fewer and larger products, may take so many bytes.
 JOINED_BYTES = 1 << 28
+LEAST_ROWS = 1024  # of a part of an MLP
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,28 +387,72 @@ class _Out(torch.autograd.Function):
 
 
 class _Mlp(torch.autograd.Function):
-    """x + Wd (silu(Wg n) ⊙ Wu n), n = norm(x)."""
+    """x + Wd (silu(Wg n) ⊙ Wu n), n = norm(x), some rows at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        n, r = _normed(x, Norm(weight_D, eps))
-        g_TF, u_TF = product(n, gate), product(n, up)
-        ctx.save_for_backward(x, r, weight_D, g_TF, u_TF, gate, up, down)
-        return product_onto(x, _gated(g_TF, u_TF), down)
+        parts = _parts(x, gate.shape[0])
+        out = torch.empty_like(x) if len(parts) > 1 else None
+        kept: list[Tensor] = []
+        for part in parts:
+            n, r = _normed(x[part], Norm(weight_D, eps))
+            g_TF, u_TF = product(n, gate), product(n, up)
+            kept += r, g_TF, u_TF
+            found = product_onto(x[part], _gated(g_TF, u_TF), down)
+            if out is not None:
+                out[part] = found
+        ctx.save_for_backward(x, weight_D, gate, up, down, *kept)
+        return found if out is None else out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, r, weight_D, g_TF, u_TF, gate, up, down = ctx.saved_tensors
+        x, weight_D, gate, up, down, *kept = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        h_TF, dg_TF, du_TF = _gated_backward(product(dy, down.t()), g_TF, u_TF)
-        d_down = dy.t() @ h_TF if needs[5] else None
-        del h_TF
-        n = (x * r).mul_(weight_D)
-        d_gate = dg_TF.t() @ n if needs[3] else None
-        d_up = du_TF.t() @ n if needs[4] else None
-        dx, dw = _norm_backward(_into((dg_TF, du_TF), (gate, up)), x, r, weight_D, needs[1], dy)
-        return dx, dw, None, d_gate, d_up, d_down
+        sums = _Sums(needs)
+        dx = torch.empty_like(x)
+        for i, part in enumerate(_parts(x, gate.shape[0])):
+            r, g_TF, u_TF = kept[3 * i : 3 * i + 3]
+            h_TF, dg_TF, du_TF = _gated_backward(product(dy[part], down.t()), g_TF, u_TF)
+            sums.add_product(5, dy[part], h_TF)
+            del h_TF
+            n = (x[part] * r).mul_(weight_D)
+            sums.add_product(3, dg_TF, n)
+            sums.add_product(4, du_TF, n)
+            into_n = _into((dg_TF, du_TF), (gate, up))
+            dx[part], dw = _norm_backward(into_n, x[part], r, weight_D, needs[1], dy[part])
+            sums.add(1, dw)
+        return dx, sums.of[1], None, sums.of[3], sums.of[4], sums.of[5]
+
+
+class _Sums:
+    """Gradients of a function's inputs that meet from several parts of its rows."""
+
+    def __init__(self, needs: Sequence[bool]) -> None:
+        self._needs = needs
+        self.of: list[Tensor | None] = [None] * len(needs)
+
+    def add(self, i: int, gradient: Tensor | None) -> None:
+        before = self.of[i]
+        self.of[i] = gradient if before is None or gradient is None else before.add_(gradient)
+
+    def add_product(self, i: int, left_TF: Tensor, right_TD: Tensor) -> None:
+        """+ leftᵀ right, where it is wanted."""
+        if not self._needs[i]:
+            return
+        before = self.of[i]
+        self.of[i] = left_TF.t() @ right_TD if before is None else before.addmm_(left_TF.t(), right_TD)
+
+
+def _parts(x_TD: Tensor, width: int) -> list[slice]:
+    """Rows whose `width` numbers each fit a block that the process holds on to (models/memory.py): larger ones are new
+    memory each time, which takes a CPU as long as a sixth of a step. Not so few that products become slow."""
+    n_rows = len(x_TD)
+    most = MAPPED_FROM // (width * x_TD.element_size()) // ROUND * ROUND
+    if x_TD.device.type == "cuda" or n_rows <= most or most < LEAST_ROWS:
+        return [slice(0, n_rows)]
+    size = -(-n_rows // -(-n_rows // most) // ROUND) * ROUND
+    return [slice(i, min(i + size, n_rows)) for i in range(0, n_rows, size)]
 
 
 def _gated(g_TF: Tensor, u_TF: Tensor) -> Tensor:
