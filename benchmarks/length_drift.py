@@ -13,13 +13,14 @@ SFT model, which is KL(policy ‖ SFT), per answer and per token; and how often 
 pair gained more, counted per answer and per token for both losses.
 
 `--development` asks the development prompts, after training with another seed, and writes
-results/length_drift_development.json. The pairs (both sources, up to the model's whole context), the rate, the epochs
-and the betas, which are the package's defaults, were settled there before a held-out prompt was asked.
+results/length_drift_development.json. Settings were fixed before these models answered a held-out prompt: the betas are
+the package's defaults, rate and epochs those of the accuracy study, and the pairs were chosen by their lengths.
 
-Which loss drifts more depends on the pairs. DPO adds up tokens, so long pairs outweigh short ones: where the chosen
-answer is the longer one mostly among long pairs, it learns that from them. With token means every pair weighs the same,
-but the token that ends an answer weighs 1/length: a very short rejected answer pushes endings down hard. `ending_push`
-tells both from the lengths alone: how strongly the pairs ask, at the first step, for endings to become rarer.
+An earlier form, with 154 short pairs of one source, had shown no difference on some of the same held-out prompts. DPO
+adds up tokens, so long pairs outweigh short ones, and here the chosen answer is the longer one mostly among long pairs.
+With token means every pair weighs the same, but the token that ends an answer weighs 1/length, so very short rejected
+answers push endings down hard: those 154 pairs ask length-normalised DPO for rarer endings, and more so than DPO.
+`ending_push` works this out from lengths alone. It is a guide to the first steps, not a forecast of the drift.
 """
 
 from __future__ import annotations
