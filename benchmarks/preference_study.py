@@ -6,19 +6,16 @@
 The packaged base model is trained by SFT on chosen answers, then by each loss from that same start, once per seed.
 
 Prompts fall into three parts by their hash: rows to train on, a development part, and a held-out part. Learning rates
-were chosen by accuracy on the development part, in an earlier form of this study; `--tune` tries rates there again.
-The held-out part has decided nothing. Of a development or held-out prompt one pair counts, so that pairs are
-independent.
+are chosen by accuracy on the development part (`--tune`, with a seed of its own); the held-out part has decided
+nothing. Of a development or held-out prompt one pair counts, so that pairs are independent.
 
 A pair is ranked right when the chosen answer gained more log-probability on the SFT model than the rejected one: per
 answer, or per token where the loss works with token means. A model that learned nothing is right in half of them.
 Intervals are 95 %: over held-out pairs, of each pair's mean over the seeds (bootstrap). Beside them stands what
 "the longer answer gained more" or "the shorter one" would have reached.
 
-The second part asks how far two losses drift in length: on pairs whose chosen answer is mostly the longer one, length-
-normalised DPO (sigmoid_norm) against DPO, by the length of answers sampled to held-out prompts before and after.
-
-One JSON line per loss and seed; the file has them together. `--limit N` takes N rows per source, to try it out.
+One JSON line per loss and seed; the file has them together, each loss with the commit that measured it. `--losses`
+measures some anew and leaves the others in the file. `--limit N` takes N rows per source, to try it out.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ import hashlib
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -53,10 +50,8 @@ from posttrain.models.load import load_policy
 from posttrain.models.policy import Policy, disable_dropout
 from posttrain.models.reference import Reference
 from posttrain.paths import ASSETS
-from posttrain.records import Interval, Pair, Request, Sampling, Status, Tree
+from posttrain.records import Interval, Pair, Tree
 from posttrain.reporting import Reporter
-from posttrain.rollout.local import LocalEngine
-from posttrain.seeds import derive_seed
 from posttrain.settings import METHODS as SETTINGS
 from posttrain.settings import DatasetSettings, KTOSettings
 from posttrain.train.loop import Place, train
@@ -78,16 +73,14 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "sigmoid": ("dpo", {"learning_rate": 1e-4}),
     "ipo": ("dpo", {"loss_type": "ipo", "learning_rate": 1e-4}),
     "apo_zero": ("dpo", {"loss_type": "apo_zero", "learning_rate": 1e-4}),
-    "kto": ("kto", {"per_device_train_batch_size": 32, "learning_rate": 1e-4}),
-    "simpo": ("simpo", {"learning_rate": 1e-4}),
+    "kto": ("kto", {"per_device_train_batch_size": 32, "learning_rate": 3e-4}),
+    "simpo": ("simpo", {"learning_rate": 3e-4}),
     "orpo": ("orpo", {"beta": 1.0, "learning_rate": 3e-4}),  # mostly likelihood: λ at its upper end
     "sigmoid_norm": ("dpo", {"loss_type": "sigmoid_norm", "learning_rate": 1e-4}),
 }
 PAIR_LOSSES: dict[str, Callable[[Any], PairLoss]]
 PAIR_LOSSES = {"dpo": dpo.pair_loss, "simpo": simpo.pair_loss, "orpo": orpo.pair_loss}
 PER_TOKEN = {"simpo", "orpo", "sigmoid_norm"}
-DRIFT = ("sigmoid", "sigmoid_norm")
-DRIFT_STEPS: dict[str, Any] = {"num_train_epochs": 3.0, "max_length": MAX_PROMPT + MAX_WHOLE}
 TUNING_SEED = 0
 
 
@@ -122,16 +115,6 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Drifted:
-    loss: str
-    seed: int
-    before: list[float]  # tokens of each sampled answer
-    after: list[float]
-    held_out: list[bool]
-    train: dict[str, float]  # pairs, and mean tokens of their answers
-
-
-@dataclass(frozen=True)
 class Study:
     data: Mapping[str, Split]
     base: Policy
@@ -145,8 +128,8 @@ def main() -> None:
     asked.add_argument("--limit", type=int, default=None, help="rows per source")
     asked.add_argument("--losses", nargs="*", default=list(LOSSES), choices=list(LOSSES))
     asked.add_argument("--seeds", nargs="*", type=int, default=[1, 2])
-    asked.add_argument("--prompts", type=int, default=192, help="held-out prompts sampled for the length drift")
     asked.add_argument("--tune", action="store_true", help="try rates on the development part instead")
+    asked.add_argument("--rates", nargs="*", type=float, default=list(TRIED), help="to try")
     asked.add_argument("--out", type=Path, default=RESULTS)
     given = asked.parse_args()
     base = load_policy(str(ASSETS / "tiny-base"))
@@ -156,26 +139,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         study = Study(data, base, renderer, Path(folder))
         if given.tune:
-            write(given.out / "preference_rates.json", {**told, "rates": tune(study, given.losses)})
+            for lines in tune(study, given.losses, given.rates):
+                write(given.out / "preference_rates.json", {**told, "rates": lines})
             return
-        judged, drifted = [], []
+        judged: list[Judged] = []
         for seed in given.seeds:
             start = after_sft(study, seed)
-            judged += [learn(loss, seed, start, study) for loss in given.losses]
-            drifted += [drift(loss, seed, start, study, given.prompts) for loss in DRIFT]
-            write(given.out / "preference_study.json", {**told, **pooled(judged, drifted)})
+            for loss in given.losses:
+                judged.append(learn(loss, seed, start, study))
+                found = accuracy([j for j in judged if j.loss == loss])
+                among_others(given.out / "preference_study.json", {**found, **told})
 
 
-def pooled(judged: Sequence[Judged], drifted: Sequence[Drifted]) -> dict[str, Any]:
-    """Over the seeds that are through."""
-    losses = list(dict.fromkeys(j.loss for j in judged))
-    plain, normalised = ([d for d in drifted if d.loss == loss] for loss in DRIFT)
-    return {
-        "seeds": sorted({j.seed for j in judged}),
-        "losses": [accuracy([j for j in judged if j.loss == loss]) for loss in losses],
-        "length_drift": [length_drift(plain), length_drift(normalised)],
-        "length_difference": difference(plain, normalised),
-    }
+def among_others(file: Path, found: Mapping[str, Any]) -> None:
+    """Into the file, where other losses stay as an earlier command left them."""
+    kept = json.loads(file.read_text(encoding="utf-8"))["losses"] if file.exists() else []
+    by_name = {each["loss"]: each for each in [*kept, found]}
+    write(file, {"losses": [by_name[loss] for loss in LOSSES if loss in by_name]})
 
 
 def split(file: Path, renderer: Renderer, limit: int | None) -> Split:
@@ -198,11 +178,11 @@ def _place(said: bytes) -> float:
     return int.from_bytes(hashlib.sha256(said).digest()[:4], "big") / 2**32
 
 
-def whole(pairs: Sequence[Pair], renderer: Renderer) -> list[Pair]:
+def whole(pairs: Sequence[Pair], renderer: Renderer, longest: int = MAX_WHOLE) -> list[Pair]:
     """Pairs whose answers both fit uncut."""
     trees = renderer.pairs(pairs)
-    longest = [max(len(b.token_ids) for b in tree.branches) for tree in trees]
-    return [pair for pair, n in zip(pairs, longest, strict=True) if n <= MAX_WHOLE]
+    tokens = [max(len(b.token_ids) for b in tree.branches) for tree in trees]
+    return [pair for pair, n in zip(pairs, tokens, strict=True) if n <= longest]
 
 
 def after_sft(study: Study, seed: int) -> Policy:
@@ -239,14 +219,14 @@ def train_on(trees: Sequence[Tree], loss: str, stage: Stage, **changes: Any) -> 
 # --- what was learned ------------------------------------------------------------------------------------------------
 
 
-def tune(study: Study, losses: Sequence[str]) -> list[dict[str, Any]]:
-    """Accuracy on the development part at every rate tried."""
+def tune(study: Study, losses: Sequence[str], rates: Sequence[float]) -> Iterator[list[dict[str, Any]]]:
+    """Accuracy on the development part at every rate tried so far."""
     start, lines = after_sft(study, TUNING_SEED), []
     for loss in losses:
-        for rate in TRIED:
+        for rate in rates:
             found = learn(loss, TUNING_SEED, start, study, part="development", learning_rate=rate)
             lines.append({"loss": loss, "learning_rate": rate, **mean_of(found.everything)})
-    return lines
+            yield lines
 
 
 def learn(loss: str, seed: int, start: Policy, study: Study, part: str = "held_out", **changes: Any) -> Judged:
@@ -300,6 +280,7 @@ def accuracy(runs: Sequence[Judged]) -> dict[str, Any]:
     return {
         "loss": runs[0].loss,
         "keys": LOSSES[runs[0].loss][1],
+        "seeds": [run.seed for run in runs],
         **found,
         "excludes_chance": found["interval"][0] > 0.5,
         "of_each_seed": [mean_of(run.everything) for run in runs],
@@ -326,63 +307,6 @@ def mean_of(right: Sequence[float]) -> dict[str, Any]:
 
 def rounded(interval: Interval) -> list[float]:
     return [round(interval.low, 4), round(interval.high, 4)]
-
-
-# --- how long answers become -----------------------------------------------------------------------------------------
-
-
-def drift(loss: str, seed: int, start: Policy, study: Study, n: int) -> Drifted:
-    """Lengths of answers to the same held-out prompts with the same seeds, before and after."""
-    found, renderer = study.data["alpaca-eval"], study.renderer
-    trees = renderer.pairs(whole(found.train, renderer))
-    policy = copy.deepcopy(start)
-    train_on(trees, loss, stage_in(study.work / f"{loss}-drift-{seed}", policy, renderer, seed), **DRIFT_STEPS)
-    prompts = [renderer.prompt_ids(pair.prompt, pair.id) for pair in found.held_out[:n]]
-    before, after = (lengths(model, renderer, prompts, seed) for model in (start, policy))
-    held_out = renderer.pairs(whole(found.held_out, renderer))
-    right = gained(sides(start, held_out), sides(policy, held_out), per_token=loss in PER_TOKEN)
-    chosen, rejected = (fmean(sum(tree.branches[i].scored) for tree in trees) for i in (0, 1))
-    trained = {"pairs": len(trees), "chosen_tokens": round(chosen, 1), "rejected_tokens": round(rejected, 1)}
-    drifted = Drifted(loss, seed, before, after, right, trained)
-    print(json.dumps(length_drift([drifted])), flush=True)
-    return drifted
-
-
-def length_drift(runs: Sequence[Drifted]) -> dict[str, Any]:
-    """Of one loss over all seeds."""
-    before, after = over_seeds([run.before for run in runs]), over_seeds([run.after for run in runs])
-    return {
-        "loss": runs[0].loss,
-        "seeds": [run.seed for run in runs],
-        "tokens_before": round(fmean(before), 1),
-        "tokens_after": round(fmean(after), 1),
-        "change": longer_by(before, after),
-        "prompts": len(before),
-        "cut": [[sum(x >= MAX_WHOLE for x in side) for side in (run.before, run.after)] for run in runs],
-        "held_out": mean_of(over_seeds([run.held_out for run in runs])),
-        "train": runs[0].train,
-    }
-
-
-def difference(plain: Sequence[Drifted], normalised: Sequence[Drifted]) -> dict[str, Any]:
-    """How much longer the answers of the one are than those of the other, prompt by prompt."""
-    of_plain, of_normalised = (over_seeds([run.after for run in runs]) for runs in (plain, normalised))
-    return {"longer": DRIFT[0], "than": DRIFT[1], **longer_by(of_normalised, of_plain)}
-
-
-def longer_by(short: Sequence[float], long: Sequence[float]) -> dict[str, Any]:
-    more = [b - a for a, b in zip(short, long, strict=True)]
-    reach = bootstrap_mean(more, seed=0, bounds=(-MAX_WHOLE, MAX_WHOLE))
-    return {"tokens": round(fmean(more), 1), "interval": [round(reach.low, 1), round(reach.high, 1)]}
-
-
-def lengths(policy: Policy, renderer: Renderer, prompts: Sequence[tuple[int, ...]], seed: int) -> list[float]:
-    engine = LocalEngine(policy, renderer.answer_text)
-    requests = [Request(str(i), prompt, (derive_seed(seed, i),)) for i, prompt in enumerate(prompts)]
-    sampling = Sampling(max_new_tokens=MAX_WHOLE, stop_token_ids=renderer.stop_token_ids)
-    answers = [group[0] for group in engine.generate(requests, sampling)]
-    assert all(answer.status is not Status.FAILED for answer in answers)
-    return [float(len(answer.token_ids)) for answer in answers]
 
 
 def sizes(data: Mapping[str, Split]) -> dict[str, Any]:
