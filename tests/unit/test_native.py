@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_policy
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from posttrain.models.load import choose_layout
 from posttrain.models.native import check, kernels, library
 
 needs_kernels = pytest.mark.skipif(library.built().path is None, reason=library.built().fault)
@@ -319,3 +321,11 @@ def test_training_is_the_same_with_and_without_them() -> None:
     with_them, without = (torch.tensor([float(x) for x in lines[1].split()]) for lines in said)
     torch.testing.assert_close(with_them, without, atol=1e-5, rtol=1e-5)
     assert not torch.equal(with_them, without)
+
+
+def test_a_model_that_must_do_without_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy("qwen3", seed=0)
+    policy.notes.clear()
+    monkeypatch.setattr(kernels, "fault", lambda: "no C compiler (cc) is installed")
+    choose_layout(policy, "auto")
+    assert policy.notes == ["the kernels for CPUs are not in use, which is slower: no C compiler (cc) is installed"]

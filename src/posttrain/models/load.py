@@ -15,6 +15,7 @@ from posttrain.models import hub
 from posttrain.models.attention import IMPLEMENTATION, ForestUnsupported
 from posttrain.models.memory import hold_freed_memory, is_out_of_memory, must_fit
 from posttrain.models.merge import MERGE_BOUND, merged_state, save_adapter
+from posttrain.models.native import kernels
 from posttrain.models.padded import build_padded
 from posttrain.models.policy import Policy, stock_attention
 from posttrain.models.quantised import hold_still, quantisation, refuse_misread, refuse_unquantised, shell
@@ -176,6 +177,9 @@ def _note_slow_attention(policy: Policy) -> None:
     on_gpu = policy.device.type == "cuda" and (policy.autocast or policy.model.dtype) in HALF
     if on_gpu and (fault := kernel_fault(policy.device)):
         policy.notes.append(f"attention goes group by group, with masks, which is slower: {fault}")
+    on_cpu = policy.device.type == "cpu" and (policy.autocast or policy.model.dtype) == torch.float32
+    if on_cpu and (why := kernels.fault()):
+        policy.notes.append(f"the kernels for CPUs are not in use, which is slower: {why}")
 
 
 @torch.no_grad()
