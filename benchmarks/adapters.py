@@ -7,6 +7,9 @@ learning rate tried, the best of them, how many parameters train, and how far th
 that of full fine-tuning, at the same rate where both had it, and at the best rate of each: the mean distance over the
 steps, as a share of how far the loss of full fine-tuning fell. Every kind gets the same rows in the same order; rates
 are tried in factors of 3, because kinds differ most in the rate they want.
+
+Kinds run apart, `--kinds lora+ dora`, join what the file already holds for the same steps and rows, and are measured
+against the full fine-tuning that it holds; each row names the commit that ran it.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ class Kind:
     lora: dict[str, Any] = field(default_factory=dict)
 
 
-FULL, ADAPTER, FAST = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)
+FULL = (3e-4, 1e-3, 3e-3, 1e-2)
+ADAPTER, FAST = (1e-3, 3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3, 1e-2)
 KINDS = (
     Kind("full", FULL),
     # As wide as the model, so that no matrix's change is of too low a rank; embeddings train as they do without.
@@ -80,19 +84,42 @@ def main() -> None:
     said = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     provenance = {"commit": said.stdout.strip(), "torch": torch.__version__, "peft": peft.__version__}
     trees = _rows()
+    setting = {"rows": len(trees), "steps": asked.steps}
     full: list[Run] = []
-    lines: list[dict[str, Any]] = []
     for kind in (kind for kind in KINDS if kind.name in asked.kinds):
+        full = full or _kept_full(asked.out, setting)
         runs = sorted((_run(kind, rate, asked.steps, trees) for rate in kind.rates), key=lambda run: run.held_out)
-        full = full or runs
-        lines.append(_line(kind, runs, full))
-        print(json.dumps({key: value for key, value in lines[-1].items() if key != "curves"}), flush=True)
-        found = {**provenance, "rows": len(trees), "steps": asked.steps, "kinds": lines}
-        asked.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        if kind.name == "full":
+            full = runs
+        line = {**_line(kind, runs, full), **provenance}
+        print(json.dumps({key: value for key, value in line.items() if key != "curves"}), flush=True)
+        order = [kind.name for kind in KINDS]
+        kept = [other for other in _kept(asked.out, setting) if other["kind"] != kind.name]
+        lines = sorted([*kept, line], key=lambda line: order.index(line["kind"]))
+        asked.out.write_text(json.dumps({**setting, "kinds": lines}) + "\n", encoding="utf-8")
+
+
+def _kept(path: Path, setting: dict[str, int]) -> list[dict[str, Any]]:
+    """The rows that `path` holds; of other steps or other rows they would not be comparable, and it is refused."""
+    if not path.exists():
+        return []
+    held = json.loads(path.read_text(encoding="utf-8"))
+    if (was := {key: held[key] for key in setting}) != setting:
+        raise SystemExit(f"{path} holds kinds run with {was}, not {setting}: name another file with --out")
+    return list(held["kinds"])
+
+
+def _kept_full(path: Path, setting: dict[str, int]) -> list[Run]:
+    line = next((line for line in _kept(path, setting) if line["kind"] == "full"), None)
+    if line is None:
+        return []
+    losses, curves = line["held_out_nll"], line["curves"]
+    runs = [Run(float(rate), losses[rate], line["trained"], tuple(curves[rate])) for rate in losses]
+    return sorted(runs, key=lambda run: run.held_out)
 
 
 def _line(kind: Kind, runs: list[Run], full: list[Run]) -> dict[str, Any]:
-    """`runs` and `full`: the best first."""
+    """`runs` and `full`: the best first; distances only where full fine-tuning has been run."""
     losses = {f"{run.rate:g}": round(run.held_out, 4) for run in sorted(runs, key=lambda run: run.rate)}
     return {
         "kind": kind.name,
@@ -101,7 +128,7 @@ def _line(kind: Kind, runs: list[Run], full: list[Run]) -> dict[str, Any]:
         "best": {"learning_rate": runs[0].rate, "held_out_nll": round(runs[0].held_out, 4)},
         "trained": runs[0].n_trained,
         "from_full_at_rate": {f"{a.rate:g}": _distance(a, b) for a in runs for b in full if a.rate == b.rate},
-        "best_from_best": _distance(runs[0], full[0]),
+        "best_from_best": _distance(runs[0], full[0]) if full else None,
         "curves": {f"{run.rate:g}": [round(loss, 4) for loss in run.curve] for run in runs},
     }
 

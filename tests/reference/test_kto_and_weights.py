@@ -91,6 +91,28 @@ def test_kto_by_hand() -> None:
     assert float(apo.total) == pytest.approx((1 - s(1.5)) + s(-0.5) + s(1.5))
 
 
+def test_kto_calls_good_what_lies_above_the_baseline() -> None:
+    """x = ½ and 2 around z0 = 1: the good one is called bad, and of the bad ones the first is called right."""
+    policy = RatedLogps(t(-1.5, -1.5, 0), torch.ones(3), torch.tensor([True, False, False]))
+    found = unpaired.kto(policy, t(-2, -2, -2), beta=0.5, z0=1.0)
+    assert found.metrics["reward_accuracy"] == Mean(1.0, 3)
+    assert unpaired.kto(policy, t(-2, -2, -2), beta=0.5, z0=0.0).metrics["reward_accuracy"] == Mean(1.0, 3)
+    at_it = RatedLogps(t(-1), torch.ones(1), torch.tensor([True]))
+    at = unpaired.kto(at_it, t(-2), beta=0.5, z0=1.0)
+    assert at.metrics["reward_accuracy"] == Mean(0.0, 1)
+    assert float(at.total) == 0.5, "both classes weigh 1 unless said otherwise"
+    bad = RatedLogps(t(-1), torch.ones(1), torch.tensor([False]))
+    assert float(unpaired.kto(bad, t(-2), beta=0.5, z0=1.0).total) == 0.5
+
+
+def test_apo_zero_of_weighted_classes_by_hand() -> None:
+    """βx = ½ for a good answer that weighs 2 and −0.2 for a bad one that weighs 3."""
+    policy = RatedLogps(t(-1, -2.4), torch.ones(2), torch.tensor([True, False]))
+    weights = {"desirable_weight": 2.0, "undesirable_weight": 3.0}
+    found = unpaired.apo_zero_unpaired(policy, t(-2, -2), beta=0.5, **weights)
+    assert float(found.total) == pytest.approx(2 * (1 - s(0.5)) + 3 * s(-0.2))
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_kto_equals_its_twin(seed: int) -> None:
     rows = [(a, up) for p in random_pairs(seed) for a, up in ((p.chosen, True), (p.rejected, False))]
@@ -142,3 +164,9 @@ def test_figures_of_rated_answers_by_hand() -> None:
     assert metrics["good_fallen_share"] == Mean(1.0, 2)
     assert (metrics["logp_good"], metrics["logp_bad"]) == (Mean(-3.0, 2), Mean(-5.0, 1))
     assert (metrics["tokens_good"], metrics["tokens_bad"]) == (Mean(4.0, 2), Mean(2.0, 1))
+
+
+def test_a_good_answer_has_fallen_below_a_hundredth_of_a_nat() -> None:
+    """Of five good ones two fell, one by less than rounding, two rose; the bad one that fell does not count."""
+    policy = RatedLogps(t(-3, -2.011, -2.009, -1, 0, -9), torch.ones(6), torch.tensor([True] * 5 + [False]))
+    assert unpaired.rated_figures(policy, t(-2, -2, -2, -2, -2, -2))["good_fallen_share"] == Mean(2.0, 5)

@@ -157,6 +157,7 @@ def test_losses_of_token_means_log_rewards_of_token_means(name: str, params: dic
 @pytest.mark.parametrize(
     ("name", "params", "chosen", "rejected"),
     [
+        ("sft", {}, -1 - 6, -1.25 - 1),
         ("sft", {"beta": 2.0}, 2 * (-1 - 6), 2 * (-1.25 - 1)),
         ("simpo", {"beta": 2.0, "gamma_beta_ratio": 0.5}, 2 * (-1 - 6), 2 * (-1.25 - 1)),
         ("orpo", {"beta": 2.0}, 2 * (-1 - 6), 2 * (-1.25 - 1)),
@@ -182,10 +183,12 @@ def test_under_ld_dpo_log_probs_are_those_of_whole_answers() -> None:
     metrics = pairs.figures(weighed, BEFORE)
     assert (metrics["logp_chosen"], metrics["logp_rejected"]) == (Mean(-80.0, 2), Mean(-60.0, 2))
     assert metrics["kl_k1_reference_to_policy"] == pairs.figures(NOW, BEFORE)["kl_k1_reference_to_policy"]
-    of = PairLogps.of(t(-1, -2, -3, -4), torch.tensor([1, 2, 3, 4]), t(-10, -20, -30, -40))
+    of = PairLogps.of(t(*range(-6, 0)), torch.tensor([1, 2, 3, 4, 5, 6]), t(*range(-60, 0, 10)))
     assert of.chosen_whole is not None
     assert of.rejected_whole is not None
-    assert (of.chosen_whole.tolist(), of.rejected_whole.tolist()) == ([-10, -30], [-20, -40])
+    assert (of.chosen.tolist(), of.rejected.tolist()) == ([-6, -4, -2], [-5, -3, -1])
+    assert (of.chosen_tokens.tolist(), of.rejected_tokens.tolist()) == ([1, 3, 5], [2, 4, 6])
+    assert (of.chosen_whole.tolist(), of.rejected_whole.tolist()) == ([-60, -40, -20], [-50, -30, -10])
 
 
 def test_figures_by_hand() -> None:
@@ -200,8 +203,9 @@ def test_figures_by_hand() -> None:
 
 def test_a_fall_within_rounding_is_no_fall() -> None:
     one = torch.tensor([1])
-    barely = PairLogps(t(-4.009), t(-1), one, one)
-    assert pairs.figures(barely, PairLogps(t(-4), t(-1), one, one))["chosen_fallen_share"] == Mean(0.0, 1)
+    for now, share in ((-4.009, 0.0), (-4.011, 1.0)):
+        found = pairs.figures(PairLogps(t(now), t(-1), one, one), PairLogps(t(-4), t(-1), one, one))
+        assert found["chosen_fallen_share"] == Mean(share, 1)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +230,14 @@ def test_alpha_divergence_meets_reverse_and_forward_kl_at_its_ends() -> None:
     torch.testing.assert_close(divergence.alpha_divergence(x, alpha=0.0), divergence.forward_kl(x))
 
 
+def test_alphapo_meets_simpo_as_alpha_goes_to_zero() -> None:
+    params = {"beta": 2.0, "gamma_beta_ratio": 0.5}
+    simpo = PREFERENCE_LOSSES["simpo"](NOW, None, **params).total.item()
+    for alpha, near in ((0.0, 0), (1e-9, 1e-12), (-1e-9, 1e-12), (1e-4, 1e-2)):
+        found = PREFERENCE_LOSSES["alphapo"](NOW, None, **params, alpha=alpha).total.item()
+        assert found == pytest.approx(simpo, rel=near, abs=0)
+
+
 # --- against the twin --------------------------------------------------------------------------------------------
 
 
@@ -233,6 +245,7 @@ TWINNED: list[tuple[str, dict[str, Any]]] = [
     ("sigmoid", {"beta": 0.3}),
     ("sigmoid", {"beta": 0.3, "label_smoothing": 0.2}),
     ("sigmoid_norm", {"beta": 5.0}),
+    ("sigmoid_norm", {"beta": 5.0, "label_smoothing": 0.2}),
     ("hinge", {"beta": 0.7}),
     ("ipo", {"beta": 0.1}),
     ("ipo", {"beta": 0.1, "length_normalized": True}),
@@ -253,6 +266,7 @@ TWINNED: list[tuple[str, dict[str, Any]]] = [
     ("alphapo", {"beta": 2.0, "gamma_beta_ratio": 0.5, "alpha": 0.25}),
     ("alphapo", {"beta": 2.0, "gamma_beta_ratio": 0.5, "alpha": -0.5, "label_smoothing": 0.1}),
     ("cpo", {"beta": 0.1, "cpo_alpha": 1.0}),
+    ("cpo", {"beta": 0.1, "cpo_alpha": 1.0, "label_smoothing": 0.2}),
     ("orpo", {"beta": 0.1}),
 ]
 LABELS = [f"{name}-{'-'.join(map(str, params.values()))}" for name, params in TWINNED]
@@ -293,8 +307,21 @@ def test_several_losses_with_coefficients() -> None:
 def test_combined_by_hand() -> None:
     """hinge 2, sft 7 at a quarter: 3.75. Weighted pairs 2 and ½: hinge 0 · 2 + 2 · ½, sft 1 · 2 + 6 · ½."""
     terms = [Term("hinge", HALF), Term("sft", {}, 0.25)]
-    assert float(combined(NOW, BEFORE, terms).total) == pytest.approx(3.75)
+    found = combined(NOW, BEFORE, terms)
+    assert float(found.total) == pytest.approx(3.75)
+    assert (found.metrics["loss_hinge"].total, found.metrics["loss_sft"].total) == (2, 7)
+    first = PREFERENCE_LOSSES["hinge"](NOW, BEFORE, **HALF).metrics
+    assert all(found.metrics[name] == first[name] for name in first.keys() - {"pair_loss"}), "the first one's rewards"
     assert float(combined(NOW, BEFORE, terms, t(2, 0.5)).total) == pytest.approx(1 + 0.25 * 5)
+
+
+def test_one_loss_alone_is_itself_and_its_coefficient_counts() -> None:
+    alone = combined(NOW, BEFORE, [Term("hinge", HALF)])
+    assert alone.metrics == PREFERENCE_LOSSES["hinge"](NOW, BEFORE, **HALF).metrics
+    assert float(combined(NOW, BEFORE, [Term("aot", HALF)]).total) == pytest.approx(softplus(1) + softplus(-2))
+    halved = combined(NOW, BEFORE, [Term("hinge", HALF, 0.5)])
+    assert float(halved.total) == 1.0
+    assert (halved.metrics["pair_loss"], halved.metrics["loss_hinge"]) == (Mean(1.0, 2), Mean(2.0, 2))
 
 
 # --- gradients ---------------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ def test_steps_by_hand() -> None:
     assert found.metrics["step_accuracy"].value == pytest.approx(2 / 3)
     assert (found.metrics["wrong_found"].total, found.metrics["wrong_found"].count) == (1, 2)
     assert found.metrics["right_share"].value == pytest.approx(1 / 3)
+    close = step_cross_entropy(t(0.1, -0.1), t(1.0, 0.0)).metrics
+    assert (close["step_accuracy"].value, close["wrong_found"].value) == (1, 1), "called right from even odds on"
 
 
 @pytest.mark.parametrize("seed", range(8))

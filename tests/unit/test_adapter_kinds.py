@@ -235,6 +235,37 @@ def test_an_adapter_that_changes_the_model_at_its_start_is_refused(monkeypatch: 
         adapted("dora")
 
 
+def test_an_adapter_that_switched_off_leaves_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft's own switch knows nothing of what PiSSA took out of the base."""
+    monkeypatch.setattr(Policy, "adapter_off", lambda policy: policy.adapter.disable_adapter())
+    adapted("lora")
+    with pytest.raises(ModelError, match=r"a new lora adapter with init: pissa changes the model's log-probs by"):
+        adapted("lora", init="pissa")
+
+
+def test_what_peft_makes_otherwise_than_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that no longer shares the embeddings' weights, and a layer without an adapter."""
+    wrap = peft.get_peft_model
+
+    def untied(model: Any, config: Any) -> Any:
+        wrapped = wrap(model, config)
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        return wrapped
+
+    monkeypatch.setattr(peft, "get_peft_model", untied)
+    with pytest.raises(ModelError, match="peft cannot keep the embeddings of qwen3 and its head, which share"):
+        adapted(arch="qwen3")
+
+    def one_less(model: Any, config: Any) -> Any:
+        config.target_modules = sorted(config.target_modules)[1:]
+        return wrap(model, config)
+
+    monkeypatch.setattr(peft, "get_peft_model", one_less)
+    with pytest.raises(AssertionError, match=r"peft adapted model\.layers\.0\.mlp\.down_proj otherwise than asked"):
+        adapted()
+
+
 def test_a_base_that_gave_its_weights_away_is_not_the_reference() -> None:
     """peft's own switch-off leaves PiSSA's residual, another model than the one the stage began with."""
     policy = adapted(init="pissa")

@@ -6,20 +6,22 @@ Planted: mismatched answers that match, a class that is missing.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from math import exp
 from pathlib import Path
 
 import pytest
 import torch
 import toy
 from small_run import go, preference, recipe, rows, sft, small_data, tiny_base
-from stepped import ALL_AT_ONCE, ONE_BY_ONE, step
+from stepped import ALL_AT_ONCE, ONE_BY_ONE, nudge, step
 from tiny import byte_tokenizer, largest_gap, random_tree
 
 from posttrain.data.render import Renderer
-from posttrain.errors import DataError
+from posttrain.errors import DataError, TrainingStopped
 from posttrain.methods import kto
-from posttrain.records import Message, Pair, Rated
+from posttrain.records import Message, Pair, Rated, Tree
 from posttrain.train.metrics import read_metrics
 
 
@@ -45,6 +47,52 @@ def test_the_baseline_is_the_mean_log_ratio_of_other_prompts_answers(tmp_path: P
     assert batch.metrics["kto_z0"].value == pytest.approx(sum(ratios) / 6, rel=1e-4)
     assert sum(ratios) > 1
     assert max(ratios) - min(ratios) > 1
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_a_step_and_an_evaluation_by_hand(loss_type: str, tmp_path: Path) -> None:
+    """Good ones weigh 2 and bad ones 5; each has the baseline of its own rows, or none."""
+    policy, start = toy.policy_for("kto"), toy.policy_for("kto")
+    s = toy.METHODS["kto"].settings(loss_type=loss_type, beta=0.5, desirable_weight=2.0, undesirable_weight=5.0)
+    objective = toy.METHODS["kto"].objective(policy, s, toy.place_in(tmp_path))
+    with torch.no_grad():
+        policy.model.lm_head.weight.mul_(0.5)
+
+    @torch.no_grad()
+    def ratios(trees: list[Tree]) -> list[float]:
+        return [(policy.score([t])[0].logp_N.sum() - start.score([t])[0].logp_N.sum()).item() for t in trees]
+
+    def expected(rows: kto.Rows, places: Sequence[int]) -> tuple[float, float]:
+        z0, total = 0.0, 0.0
+        if loss_type == "kto":
+            z0 = sum(ratios([rows.mismatched[i] for i in places])) / len(places)
+            assert z0 > 0.3
+        for place, x in zip(places, ratios([rows.rated[i].tree for i in places]), strict=True):
+            sign, weight = (1, 2) if rows.rated[place].good else (-1, 5)
+            total += weight * (1 - 1 / (1 + exp(-sign * 0.5 * (x - z0))))
+        return z0, total
+
+    z0, total = expected(objective.held_out, range(2))
+    evaluation = objective.evaluate()
+    assert evaluation is not None
+    assert evaluation.metrics["eval_row_loss"] == pytest.approx(total / 2, rel=1e-4)
+    assert evaluation.metrics.get("eval_kto_z0", 0.0) == pytest.approx(z0, rel=1e-4)
+    assert replace(objective, held_out=kto.Rows([], [])).evaluate() is None
+    batch = objective.batch(1)
+    _, total = expected(objective.rows, objective.steps[1])
+    assert objective.loss(batch.items).total.item() == pytest.approx(total, rel=1e-4)
+    assert batch.count == len(batch.items) == 4
+    assert ("kto_z0" in batch.metrics) == bool(objective.rows.mismatched) == (loss_type == "kto")
+
+
+def test_answers_of_another_model_are_refused_at_the_first_step_and_only_there(tmp_path: Path) -> None:
+    policy = toy.policy_for("kto")
+    objective = toy.METHODS["kto"].objective(policy, toy.METHODS["kto"].settings(), toy.place_in(tmp_path))
+    nudge(policy)
+    with pytest.raises(TrainingStopped, match="the reference is not the model this stage started from"):
+        objective.loss(objective.batch(0).items)
+    objective.evaluate()
+    objective.loss(objective.batch(1).items)
 
 
 def test_mismatched_answers_belong_to_other_prompts_and_fit() -> None:
@@ -74,6 +122,8 @@ def test_good_and_bad_rows_are_shuffled_together_and_weighed(tmp_path: Path) -> 
     s = toy.METHODS["kto"].settings(desirable_weight=2.0)
     stage = toy.stage_in(policy, toy.place_in(tmp_path))
     assert kto.weigh(stage, s, objective.rows.rated) == (2.0, 1.0)
+    s = toy.METHODS["kto"].settings(undesirable_weight=3.0)
+    assert kto.weigh(stage, s, objective.rows.rated) == (1.0, 3.0)
     with pytest.raises(DataError, match="all 8 answers are good"):
         kto.weigh(stage, s, [r for r in objective.rows.rated if r.good])
 

@@ -117,6 +117,32 @@ def test_a_model_that_prefers_length_is_found_and_one_that_does_not_is_not() -> 
     assert against.length.correlation == pytest.approx(-1.0)
 
 
+def test_the_correlation_with_length_by_hand() -> None:
+    """Scores apart by 2 and −1, lengths by 30 and 20: (60 − 20) / √(5 · 1,300)."""
+    pairs = [pair(0, "a" * 40, "b" * 10), pair(1, "a" * 40, "b" * 20)]
+    found = report_of(pairs, [(2.0, 0.0), (0.0, 1.0)]).length
+    assert found is not None
+    assert found.correlation == pytest.approx(40 / math.sqrt(5 * 1300))
+
+
+def test_quarters_of_confidence_by_hand() -> None:
+    """Confidences 0 to 7: two pairs in each quarter, of which the second ones are wrong in the upper half."""
+    pairs = [pair(i, confidence=float(i)) for i in range(8)]
+    found = report_of(pairs, [(1, 0)] * 5 + [(0, 1), (1, 0), (0, 1)]).by_confidence
+    assert {name: (m.numerator, m.denominator) for name, m in found.items()} == {
+        "1: lowest quarter": (2, 2), "2: second": (2, 2), "3: third": (1, 2), "4: highest quarter": (1, 2)
+    }  # fmt: skip
+
+
+def test_a_rise_too_small_to_matter_is_no_bias() -> None:
+    """It always raises the score, by a hundredth of what scores differ by."""
+    pairs = [pair(i, f"One thing {i}. Another thing.", "Nothing.") for i in range(40)]
+    hardly = ByHand(lambda text: sum(map(int, filter(str.isdigit, text))) + 0.01 * text.startswith(PREAMBLE)).on(pairs)
+    probe = next(p for p in hardly.probes if p.name == "preamble")
+    assert (probe.rises.value, probe.found) == (1.0, False)
+    assert 0 < probe.change_sd < 0.1
+
+
 def test_probes_find_a_preamble_and_bullets_and_nothing_where_nothing_is() -> None:
     pairs = [pair(i, f"One thing {i}. Another thing. A third.", "Nothing.") for i in range(40)]
     polite = ByHand(lambda text: sum(map(int, filter(str.isdigit, text))) + 9.0 * text.startswith(PREAMBLE)).on(pairs)

@@ -214,6 +214,15 @@ def test_another_model_as_reference_gives_its_log_ratios_from_the_first_step(tmp
     assert abs(expected - len(ratios) * 0.693) > 0.5, "not ln 2: it is another model"
 
 
+def test_another_model_as_reference_answers_without_dropout(tmp_path: Path) -> None:
+    policy, other = with_tokenizer(toy.policy_for("dpo")), with_tokenizer(tiny_policy("phi3", resid_pdrop=0.5))
+    other.model.train()
+    s, trees = toy.METHODS["dpo"].settings(precompute_ref_log_probs=False), toy.pair_trees()
+    live = against.open_reference(stage_against(policy, other, tmp_path), s).live
+    assert live is not None
+    assert torch.equal(live.ask(trees), live.ask(trees))
+
+
 def alone(tree: Any) -> list[Any]:
     return [replace(tree, branches=(branch,)) for branch in tree.branches]
 

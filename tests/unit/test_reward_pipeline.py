@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from test_cli_models import call
 from test_cli_models import refused as refused_call
 
 from posttrain.data.render import Renderer
-from posttrain.errors import DataError, GateRefused, RecipeError
+from posttrain.errors import DataError, GateRefused, PosttrainError, RecipeError
 from posttrain.gate.pairs import report_of
 from posttrain.gate.suites import load_suite
 from posttrain.models.load import load_policy
@@ -28,7 +29,7 @@ from posttrain.registry.manifest import read_manifest
 from posttrain.registry.store import ModelStore
 from posttrain.rewards.mix import build
 from posttrain.rollout.judges import Judges, ModelPart, open_judges
-from posttrain.rollout.scorer import Answer, Scorer, Verdict, open_scorer
+from posttrain.rollout.scorer import Answer, Scorer, Verdict, logit, open_scorer
 
 ASKED = [f"Is {a} with {b} fine?" for a in WORDS for b in WORDS if a != b]
 
@@ -233,8 +234,20 @@ def test_steps_are_marked_at_their_last_token(place: Path) -> None:
     assert tree.trunk_ids == renderer.prompt_ids(row.prompt)
 
 
+def test_an_answer_s_logit_by_hand() -> None:
+    """Of several steps ln p/(1 − p) of their aggregate: ¾ is ln 3. A single score is the logit itself."""
+    assert logit(Verdict(0.75, (1.0, 2.0))) == pytest.approx(log(3))
+    assert logit(Verdict(0.25, (1.0, 2.0))) == pytest.approx(-log(3))
+    assert logit(Verdict(0.75, (-7.5,))) == -7.5
+    assert logit(Verdict(1.0, (99.0, 99.0))) == pytest.approx(12 * log(10), rel=1e-4)
+    assert logit(Verdict(0.0, (-999.0, 1.0))) == pytest.approx(-12 * log(10))
+    with pytest.raises(PosttrainError, match="an answer of a pair could not be scored: too long"):
+        logit(Verdict(None, detail="too long"))
+
+
 def test_a_process_reward_model_scores_each_step(place: Path) -> None:
-    held_out = [{"prompt": q, "steps": ["ok", "now"], "labels": [False, True]} for q in ASKED[60:64]]
+    """Of the steps it trains on one half is right, of the held-out ones a third."""
+    held_out = [{"prompt": q, "steps": ["ok", "now", "ok"], "labels": [False, True, False]} for q in ASKED[60:64]]
     rows(place / "more.jsonl", held_out)
     report, said = go(recipe(place, steps_model(eval_datasets=[{"path": "more.jsonl"}])), place / "home")
     scorer = open_scorer(report.outcomes[0].artefact.path, "steps", aggregate="product")
@@ -245,6 +258,11 @@ def test_a_process_reward_model_scores_each_step(place: Path) -> None:
     assert right[2] > 0.5
     assert found.value == pytest.approx(right[0] * right[1] * right[2])
     assert any("step_accuracy 1.000" in line for line in said), said
+    run = place / "home" / "runs" / "small" / report.outcomes[0].artefact.version
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["eval_right_share"] for line in lines if "eval_right_share" in line]
+    assert shares
+    assert shares == pytest.approx([1 / 3] * len(shares))
     pairs = load_suite(place / "agrees.yaml", Path).pairs
     assert all(now > ok for now, ok in scorer.pairs(pairs)), "pairs are judged by the steps together"
     (least,) = Scorer(scorer.model, scorer.renderer, "s", "min").answers([Answer((Message("user", "Hm?"),), "now\nok")])
