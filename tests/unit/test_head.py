@@ -10,7 +10,7 @@ from torch import Tensor
 from posttrain.errors import ModelError
 from posttrain.methods.distill import _logits
 from posttrain.models import head as head_module
-from posttrain.models.head import Head, score
+from posttrain.models.head import Head, log_probs, score
 from posttrain.models.load import choose_layout
 
 N, D, V = 7, 5, 11
@@ -251,3 +251,12 @@ def test_a_model_whose_head_does_more_is_refused(forest: str) -> None:
     policy.model.lm_head.register_forward_hook(lambda _module, _inputs, logits: 2.0 * logits)
     with pytest.raises(ModelError, match="llama makes its logits in a way this version does not know"):
         choose_layout(policy, forest)
+
+
+def test_a_head_in_fewer_bits_than_the_hidden_states_over_many_tiles() -> None:
+    g = torch.Generator().manual_seed(5)
+    hidden_ND = torch.randn(3 * head_module.LEAST_ROWS, 24, generator=g, dtype=torch.float64)
+    weight_VD, target_N = torch.randn(1 << 15, 24, generator=g), torch.randint(V, (len(hidden_ND),), generator=g)
+    assert len(head_module._tiles(len(hidden_ND), len(weight_VD), hidden_ND.device)) > 1
+    exact = (hidden_ND @ weight_VD.double().T).log_softmax(-1).gather(1, target_N[:, None]).squeeze(1)
+    torch.testing.assert_close(log_probs(hidden_ND, target_N, Head(weight_VD)), exact, atol=1e-9, rtol=0)

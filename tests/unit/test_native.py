@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_policy
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain.models.load import choose_layout
 from posttrain.models.native import check, kernels, library
@@ -94,6 +96,52 @@ def test_a_number_that_is_none_is_not_lost() -> None:
 
 
 @needs_kernels
+def test_a_number_that_is_none_stays_so_whatever_its_bits() -> None:
+    """The bits of memory nobody wrote to, all ones, are one too."""
+    for bits in (-1, 0x7FC00001, -0x3FFFFF):
+        bad = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+        assert bad.isnan()
+        logits = torch.zeros(1, 64)
+        logits[0, 5] = bad
+        logp, entropy = kernels.score(logits, torch.tensor([1]), 1.0)
+        assert logp.isnan() and entropy.isnan()
+        assert kernels.gate(bad.repeat(32), torch.ones(32)).isnan().all()
+
+
+@needs_kernels
+def test_scores_that_are_all_minus_infinity_do_not_show_what_is_hidden() -> None:
+    q, v = torch.ones(3, 1, 16), torch.ones(3, 1, 16)
+    k = torch.full((3, 1, 16), float("-inf"))
+    out, _ = kernels.attend(q, k, v, kernels.Rows.of([(0, 3, 0, 0)]), 1.0, None)
+    assert out.isnan().all()
+    block = torch.zeros(1, 1, 4, 16)
+    at = torch.zeros(1, dtype=torch.int64)
+    prompt = torch.full((1, 1, 1, 16), float("-inf"))
+    places = (at, at, at + 1)
+    step = kernels.decode_attend(q[:1], k[:1], v[:1], prompt, prompt, places, [(block, block.clone())], 0, 1.0, None)
+    assert step.isnan().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("target", [-1, 40])
+def test_a_target_outside_the_vocabulary_is_refused(target: int) -> None:
+    slope = torch.zeros(2, 40)
+    with pytest.raises(IndexError, match="40 tokens"):
+        kernels.score(torch.randn(2, 40), torch.tensor([0, target]), 1.0, slope_RV=slope)
+    assert (slope[1] == 0).all()
+
+
+@needs_kernels
+def test_angles_of_another_size_than_the_heads_are_refused() -> None:
+    """Of half the size where an architecture turns a part of each head; torch refuses to multiply them too."""
+    x, angle = torch.randn(5, 2, 16), torch.randn(5, 1, 8)
+    with pytest.raises(ValueError, match="cannot be turned"):
+        kernels.turn(x, None, 0.0, angle, angle)
+    with pytest.raises(ValueError, match="cannot be turned"):
+        kernels.turn_backward(x, angle, angle, None, False)
+
+
+@needs_kernels
 def test_large_scores_neither_overflow_nor_lose_the_largest() -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [float("-inf"), 2.0, 2.0], [-88.0, 0.0, 88.0]])
     target = torch.tensor([0, 1, 0])
@@ -124,10 +172,45 @@ def test_any_number_of_threads_gives_the_same_but_for_rounding(n_threads: int) -
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(n_threads)
-        name, gap = check.largest_gap()
+        name, gap = check.largest_gap(n_threads)
     finally:
         torch.set_num_threads(before)
     assert gap <= kernels.SAME, name
+
+
+@contextmanager
+def doubles() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def refused(*_: object) -> None:
+    raise AssertionError("the check's own tensors were kept for somebody else's backward pass")
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: torch.device("meta"),
+        lambda: torch.autograd.graph.saved_tensors_hooks(refused, refused),
+        FakeTensorMode,
+        doubles,
+    ],
+)
+def test_where_they_are_first_asked_for_does_not_matter(around: Callable[[], AbstractContextManager[object]]) -> None:
+    kernels.fault.cache_clear()
+    try:
+        with around():
+            assert kernels.fault() is None
+    finally:
+        kernels.fault.cache_clear()
 
 
 @needs_kernels
@@ -169,6 +252,31 @@ def test_a_compiler_that_fails_is_quoted(fresh: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("CC", str(compiler))
     assert library.built().fault == f"{compiler} could not build them: no OpenMP here"
     assert not list(fresh.glob("*.so"))
+
+
+@needs_kernels
+def test_a_compiler_with_arguments(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "env cc -g0")
+    found = library.built()
+    assert found.fault == "" and found.path is not None and found.path.parent == fresh
+
+
+@needs_kernels
+def test_a_user_without_a_home(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    found = library.built().path
+    assert found is not None and found.parent.parent == fresh.parent / "temporary"
+
+
+@needs_kernels
+def test_a_link_that_somebody_else_made_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    assert library._is_ours(link)
+    theirs = os.stat_result((*link.lstat()[:4], os.getuid() + 1, *link.lstat()[5:]))
+    monkeypatch.setattr(Path, "lstat", lambda _: theirs)
+    assert not library._is_ours(link)
 
 
 @needs_kernels

@@ -51,10 +51,10 @@ class Head:
         """With weights in the type of the products: for many products while they do not change."""
         return self if self.compute is None else replace(self, weight_VD=self.weight_VD.to(self.compute))
 
-    def laid_out(self, n_tiles: int) -> Head:
-        """For so many products without gradients: a small weight is laid out once instead of in each."""
+    def laid_out(self, n_tiles: int, hidden_ND: Tensor) -> Head:
+        """For so many products with these, without gradients: a small weight is laid out once instead of in each."""
         weight = self.weight_VD
-        if n_tiles < 2 or weight.numel() > PACKED_UP_TO or not kernels.serve(weight) or not has_onednn():
+        if n_tiles < 2 or weight.numel() > PACKED_UP_TO or not kernels.serve(weight, hidden_ND) or not has_onednn():
             return self
         return replace(self, packed=pack(weight.detach()))
 
@@ -157,7 +157,7 @@ def score(
 def log_probs(hidden_ND: Tensor, target_N: Tensor, head: Head, temperature: float = 1.0) -> Tensor:
     """(N,) `score`'s log-probabilities and nothing else."""
     tiles = _tiles(hidden_ND.shape[0], head.weight_VD.shape[0], hidden_ND.device)
-    head = head.ready().laid_out(len(tiles))
+    head = head.ready().laid_out(len(tiles), hidden_ND)
     logp_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=_wide(hidden_ND))
     for tile in tiles:
         hidden_RD, target_R = hidden_ND[tile], target_N[tile]
@@ -276,7 +276,7 @@ class _Score(torch.autograd.Function):
         compute = weight_VD.to(hidden_ND.dtype)  # once, not once a tile
         n, vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
         tiles = _tiles(n, vocabulary, hidden_ND.device)
-        head = Head(compute, bias_V, softcap, scale).laid_out(len(tiles))
+        head = Head(compute, bias_V, softcap, scale).laid_out(len(tiles), hidden_ND)
         logp_N = hidden_ND.new_empty(n, dtype=_wide(hidden_ND))
         entropy_N = torch.empty_like(logp_N)
         needs_hidden, trains = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])

@@ -7,7 +7,7 @@
 #include "gemm.h"
 
 #define QB 24 /* queries of a block */
-#define HIDDEN -3e38f
+#define HIDDEN -INFINITY /* so that a query whose scores are all −inf gives NaN, not what it may not see */
 
 typedef struct {
   long start, length, prefix_start, prefix;

@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from posttrain.models.native import kernels
 
 Found = tuple[str, Tensor, Tensor]
 
 
-def largest_gap() -> tuple[str, float]:
-    """(kernel, difference): the largest of all, by the size of torch's numbers; NaN counts as infinite."""
-    with _disable_current_modes(), torch.enable_grad():
-        draw = torch.Generator().manual_seed(0)
-        found = [pair for part in (_attention, _norms, _turns, _gates, _scores, _steps) for pair in part(_random(draw))]
+def largest_gap(n_threads: int) -> tuple[str, float]:
+    """(kernel, difference): the largest of all, by the size of torch's numbers; NaN counts as infinite. To be asked in
+    a thread without modes of torch; it will compute with `n_threads` threads."""
+    torch.set_num_threads(n_threads)
+    draw = torch.Generator().manual_seed(0)
+    found = [pair for part in (_attention, _norms, _turns, _gates, _scores, _steps) for pair in part(_random(draw))]
     gaps = [(name, _gap(ours.detach(), theirs.detach())) for name, ours, theirs in found]
     return max(gaps, key=lambda x: x[1])
 
@@ -29,7 +29,7 @@ def _gap(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _random(draw: torch.Generator) -> Callable[..., Tensor]:
-    return lambda *shape: torch.randn(*shape, generator=draw)
+    return lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float32)
 
 
 def _leaves(*tensors: Tensor) -> list[Tensor]:

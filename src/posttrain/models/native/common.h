@@ -44,9 +44,8 @@ static inline vec vexp(vec x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.0f;
-  ivec power = ((ivec)shifted - (ivec)(zero() + 12582912.0f)) << 23;
-  vec found = (vec)((ivec)y + power);
-  return choose(under, zero(), found);
+  ivec power = ((ivec)shifted - (ivec)(zero() + 12582912.0f) + 127) << 23; /* the bits of 2^n */
+  return choose(under, zero(), y * (vec)power);
 }
 
 static inline float top_of(vec x) {

@@ -5,7 +5,7 @@
 #include "common.h"
 #include "gemm.h"
 
-#define HIDDEN -3e38f
+#define HIDDEN -INFINITY
 
 typedef struct {
   float *k, *v;

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "score": (_POINTER, _POINTER, _FLOAT, *[_POINTER] * 3, _LONG, _LONG),
 }
 _WITH_STATUS = frozenset(
-    {"attend", "attend_backward", "decode_attend", "decode_draw", "norm_backward", "turn_backward"}
+    {"attend", "attend_backward", "decode_attend", "decode_draw", "norm_backward", "score", "turn_backward"}
 )
 
 
@@ -67,7 +68,10 @@ def fault() -> str | None:
         return why
     from posttrain.models.native.check import largest_gap
 
-    name, gap = largest_gap()
+    # In a thread of its own: the first to ask may be under autocast, in a checkpointed layer or inference mode, or only
+    # count what tensors without contents take. None of that reaches another thread.
+    with ThreadPoolExecutor(1) as thread:
+        name, gap = thread.submit(largest_gap, torch.get_num_threads()).result()
     return None if gap <= SAME else f"their {name} differs from torch's by {gap:.2g}"
 
 
@@ -108,6 +112,8 @@ def _call(name: str, *arguments: Any) -> None:
     if not all(map(_has_contents, tensors)):
         return
     if _function(name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)):
+        if name == "score":
+            raise IndexError(f"a target is not among the {arguments[-1]} tokens of the vocabulary")
         raise MemoryError(f"{name}: no memory for its working space")
 
 
@@ -205,6 +211,7 @@ def norm_backward(
 
 def turn(x_TnE: Tensor, weight_E: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
     """Heads normed, where there is a weight, then turned by their token's angles; and the norms' r (T, n, 1)."""
+    _check_angles(x_TnE, cos, sin)
     y_TnE = torch.empty_like(x_TnE)
     r_Tn1 = x_TnE.new_empty((*x_TnE.shape[:2], 1)) if weight_E is not None else None
     _call("turn", x_TnE, weight_E, eps, cos, sin, y_TnE, r_Tn1, *x_TnE.shape)
@@ -215,11 +222,18 @@ def turn_backward(
     g_TnE: Tensor, cos: Tensor, sin: Tensor, normed: tuple[Tensor, Tensor, Tensor] | None, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(gradient of x, gradient of the weight); `normed`: x, r and the weight."""
+    _check_angles(g_TnE, cos, sin)
     x, r, weight = normed if normed is not None else (None, None, None)
     dx = torch.empty_like(g_TnE)
     dw = torch.empty_like(weight) if wanted and weight is not None else None
     _call("turn_backward", g_TnE, x, weight, r, cos, sin, dx, dw, *g_TnE.shape)
     return dx, dw
+
+
+def _check_angles(x_TnE: Tensor, cos: Tensor, sin: Tensor) -> None:
+    n_tokens, _, size = x_TnE.shape
+    if size % 2 or not cos.shape == sin.shape == (n_tokens, 1, size):
+        raise ValueError(f"heads {tuple(x_TnE.shape)} cannot be turned by angles {tuple(cos.shape)}")
 
 
 def gate(g_TF: Tensor, u_TF: Tensor) -> Tensor:
@@ -240,7 +254,8 @@ def score(
     logit_RV: Tensor, target_R: Tensor, factor: float, *, entropy: bool = True, slope_RV: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """log p[target] and entropy (nats; empty where it is not wanted) of softmax(factor · logits); `slope` becomes
-    p − onehot. The logits are spent."""
+    p − onehot. The logits are spent. Targets are int64; IndexError where one is not in the vocabulary."""
+    assert target_R.dtype == torch.int64 and target_R.shape == logit_RV.shape[:1]
     logp_R = logit_RV.new_empty(len(logit_RV))
     entropy_R = logit_RV.new_empty(len(logit_RV) if entropy else 0)
     _call("score", logit_RV, target_R, factor, logp_R, entropy_R if entropy else None, slope_RV, *logit_RV.shape)
@@ -256,6 +271,7 @@ def decode_heads(
     """From joined projections, (S, (H + 2h) E) with pairs side by side: queries (S, H, E) and keys (S, h, E) normed,
     where there is a weight (H + h, E), and turned by (S, E) cosines and sines in pairs; values (S, h, E)."""
     n, size = turn_SE.shape
+    assert joined_SX.shape == (n, (n_heads + 2 * n_kv) * size) and joined_SX.dtype == torch.float32
     q, k, v = (joined_SX.new_empty((n, heads, size)) for heads in (n_heads, n_kv, n_kv))
     _function("decode_heads")(
         joined_SX.data_ptr(), None if weight_nE is None else weight_nE.data_ptr(), eps, turn_SE.data_ptr(),
@@ -302,6 +318,7 @@ def decode_unit(x_SD: Tensor, ones_D: Tensor, eps: float) -> Tensor:
 def decode_product(x_SK: Tensor, weight_KN: Tensor, bias_N: Tensor | None, onto_SN: Tensor | None = None) -> Tensor:
     """x W + b, or onto + x W in its place; N a multiple of `VECTOR`."""
     n, width = len(x_SK), weight_KN.shape[1]
+    assert x_SK.shape[1] == len(weight_KN) and x_SK.dtype == torch.float32 and x_SK.is_contiguous()
     out = x_SK.new_empty((n, width)) if onto_SN is None else onto_SN
     bias = None if bias_N is None else bias_N.data_ptr()
     where = x_SK.data_ptr(), weight_KN.data_ptr(), bias, out.data_ptr()

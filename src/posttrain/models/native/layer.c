@@ -158,11 +158,17 @@ void gate_backward(float *dh, const float *g, const float *u, float *h, float *d
 }
 
 /* Rows of logits (R, V), times `factor`: log p[target], the entropy in nats where `entropy` is given, and where `slope`
-   is given p − onehot(target), written to (R, V). One row at a time: it stays in the cache between its passes. */
-void score(float *logit, const int64_t *target, float factor, float *logp, float *entropy, float *slope, long R, long V) {
+   is given p − onehot(target), written to (R, V). One row at a time: it stays in the cache between its passes.
+   Returns 1, and leaves its row alone, where a target is not in the vocabulary. */
+int score(float *logit, const int64_t *target, float factor, float *logp, float *entropy, float *slope, long R, long V) {
   long whole = V / W * W;
-#pragma omp parallel for schedule(static)
+  int failed = 0;
+#pragma omp parallel for schedule(static) reduction(| : failed)
   for (long row = 0; row < R; row++) {
+    if (target[row] < 0 || target[row] >= V) {
+      failed = 1;
+      continue;
+    }
     float *x = logit + row * V, *y = slope ? slope + row * V : x;
     if (factor != 1.0f)
       for (long i = 0; i < V; i++) x[i] *= factor;
@@ -191,4 +197,5 @@ void score(float *logit, const int64_t *target, float factor, float *logp, float
       y[target[row]] = expm1f(logp[row]);
     }
   }
+  return failed;
 }

@@ -49,35 +49,42 @@ def built() -> Built:
         return Built(None, f"switched off by {SWITCH}")
     if sys.platform != "linux":
         return Built(None, f"they are built on Linux only, not on {sys.platform}")
-    compiler = os.environ.get("CC") or next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
-    if compiler is None:
+    asked = os.environ.get("CC", "").split()  # it may carry a launcher or options
+    compiler = asked or [c for c in ("cc", "gcc", "clang") if shutil.which(c)][:1]
+    if not compiler:
         return Built(None, "no C compiler (cc) is installed")
     try:
         return _build(compiler)
     except (OSError, subprocess.SubprocessError) as e:
-        return Built(None, f"{compiler} could not build them: {_first_line(e)}")
+        return Built(None, f"{' '.join(compiler)} could not build them: {_first_line(e)}")
 
 
-def _build(compiler: str) -> Built:
+def _run(command: list[str], seconds: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
+
+
+def _build(compiler: list[str]) -> Built:
     sources = sorted(FOLDER.glob("*.[ch]"))
-    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
-    parts = [said, *FLAGS, _processor(), *(source.read_text(encoding="utf-8") for source in sources)]
+    version = _run([*compiler, "--version"], 30)
+    version.check_returncode()
+    texts = [source.read_text(encoding="utf-8") for source in sources]
+    parts = [version.stdout, *compiler, *FLAGS, _processor(), *texts]
     name = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     for folder in _folders():
         target = folder / name
-        if target.exists() and _is_ours(folder):
-            return Built(target)
         try:
+            if target.exists() and _is_ours(folder):
+                return Built(target)
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not _is_ours(folder):
                 continue
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 made = Path(scratch) / name
                 files = [str(source) for source in sources if source.suffix == ".c"]
-                command = [compiler, *FLAGS, _native_flag(), "-o", str(made), *files, "-lm"]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+                command = [*compiler, *FLAGS, _native_flag(), "-o", str(made), *files, "-lm"]
+                done = _run(command, BUILD_SECONDS)
                 if done.returncode:
-                    return Built(None, f"{compiler} could not build them: {_first_line(done.stderr)}")
+                    return Built(None, f"{' '.join(compiler)} could not build them: {_first_line(done.stderr)}")
                 made.replace(target)  # whole or not at all, whoever else builds it now
             return Built(target)
         except OSError:
@@ -87,14 +94,19 @@ def _build(compiler: str) -> Built:
 
 def _folders() -> list[Path]:
     """The user's cache, else a folder of the user's own among temporary files."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return [home / "posttrain", Path(tempfile.gettempdir()) / f"posttrain-{os.getuid()}"]
+    temporary = Path(tempfile.gettempdir()) / f"posttrain-{os.getuid()}"
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # this user has no home
+        return [temporary]
+    return [home / "posttrain", temporary]
 
 
 def _is_ours(folder: Path) -> bool:
     """Nobody else may put code there that this process would run."""
     found = folder.stat()
-    return found.st_uid == os.getuid() and not found.st_mode & 0o022
+    # Nor turn a link of theirs elsewhere after this look.
+    return found.st_uid == folder.lstat().st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _first_line(said: object) -> str:
