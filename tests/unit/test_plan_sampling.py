@@ -11,6 +11,7 @@ import transformers as hf
 from tiny import SMALL
 
 from posttrain.models.attention import IMPLEMENTATION
+from posttrain.models.native import kernels
 from posttrain.models.policy import Policy
 from posttrain.plan.held import Asking, sampling_parts
 from posttrain.plan.ledger import Ledger
@@ -41,7 +42,7 @@ def test_the_plan_holds_what_the_sampler_takes(asking: Asking) -> None:
         engine.generate(requests, Sampling(asking.answer, stop_token_ids=()))
     planned = sampling_parts(shape, FLOAT, HERE, asking)
     # Prompts are taken to be read as rows to score are, which holds more beside keys and values than the sampler does.
-    assert 0.95 < sum(planned.values()) / ledger.peak < 1.3
+    assert 0.95 < sum(planned.values()) / ledger.peak < 1.4
 
 
 def test_joined_weights_by_hand() -> None:
@@ -50,8 +51,10 @@ def test_joined_weights_by_hand() -> None:
     shape = shape_of()
     width, inner, heads, kv, size, layers = 32, 48, 4, 2, 8, 3
     joined = layers * ((heads + 2 * kv) * size * width + 2 * inner * width + (heads + kv) * size)
-    head, turns = 97 * width, 100 * size
-    assert sampler_copies(shape, FLOAT, 100) == 4 * (joined + head + turns)
+    # What the kernels multiply with is laid out anew, also where nothing is joined.
+    laid_out = layers * (heads * size * width + inner * width) if kernels.fault() is None else 0
+    head, turns, ones = 97 * width, 100 * size, width
+    assert sampler_copies(shape, FLOAT, 100) == 4 * (joined + laid_out + head + turns + ones)
     assert COPIES in sampling_parts(shape, FLOAT, HERE, Asking(1, 1, 10, 10))
 
 

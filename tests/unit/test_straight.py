@@ -11,7 +11,7 @@ import torch
 from tiny import gradients, largest_gap, mixed_trees, tiny_policy
 from torch import Tensor, nn
 
-from posttrain.models import straight
+from posttrain.models import halves
 from posttrain.models.load import probe_forest
 from posttrain.models.native import kernels
 from posttrain.models.policy import Policy
@@ -78,9 +78,9 @@ def test_only_frozen_weights_get_no_gradient() -> None:
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "norm": lambda x, w: straight._Norm.apply(x, w, 1e-6),
-    "turn": lambda x, w: straight._Turn.apply(x.unflatten(1, (2, 4)), w[:4], 1e-6, *_angles(len(x), 4)),
-    "plain turn": lambda x, w: straight._Turn.apply(x.unflatten(1, (2, 4)), None, 0.0, *_angles(len(x), 4)) * w[0],
+    "norm": lambda x, w: halves.NormOf.apply(x, w, 1e-6),
+    "turn": lambda x, w: halves.Turn.apply(x.unflatten(1, (2, 4)), w[:4], 1e-6, *_angles(len(x), 4)),
+    "plain turn": lambda x, w: halves.Turn.apply(x.unflatten(1, (2, 4)), None, 0.0, *_angles(len(x), 4)) * w[0],
 }
 
 
@@ -103,9 +103,9 @@ def test_gradients_of_the_small_parts(name: str) -> None:
 def test_gradients_of_the_half_layers() -> None:
     torch.manual_seed(0)
     mlp = (drawn(3, 4), drawn(4), drawn(6, 4), drawn(6, 4), drawn(4, 6))
-    assert torch.autograd.gradcheck(lambda x, w, g, u, d: straight._Mlp.apply(x, w, 1e-6, g, u, d), mlp)
+    assert torch.autograd.gradcheck(lambda x, w, g, u, d: halves.Mlp.apply(x, w, 1e-6, g, u, d), mlp)
     heads = (drawn(3, 4), drawn(4), drawn(4, 4), drawn(2, 4), drawn(2, 4), drawn(4), drawn(2), drawn(2))
-    assert torch.autograd.gradcheck(lambda x, w, *rest: straight._Project.apply(x, w, 1e-6, *rest), heads)
+    assert torch.autograd.gradcheck(lambda x, w, *rest: halves.Project.apply(x, w, 1e-6, *rest), heads)
 
 
 @pytest.mark.parametrize("arch", SHORT)
@@ -178,7 +178,7 @@ def test_the_probe_of_every_load_sees_a_wrong_turn(by_kernel: bool, monkeypatch:
         turn = kernels.turn
         monkeypatch.setattr(kernels, "turn", lambda x, weight, eps, cos, sin: turn(x, weight, eps, cos, -sin))
     else:
-        right = straight._rotate
+        right = halves.rotate
         monkeypatch.setattr(kernels, "serve", lambda *_: False)
-        monkeypatch.setattr(straight, "_rotate", lambda x, cos, sin, direction: right(x, cos, sin, -direction))
+        monkeypatch.setattr(halves, "rotate", lambda x, cos, sin, direction: right(x, cos, sin, -direction))
     assert "log-probs differ" in str(probe_forest(policy))

@@ -22,16 +22,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.models.attention import Attends, AttentionCall
+from posttrain.models.halves import rate
 from posttrain.models.head import Head
 from posttrain.models.native import kernels
 from posttrain.models.products import has_onednn, onednn, pack
-from posttrain.models.straight import Layer, Straight, rate
+from posttrain.models.straight import Layer, Straight
 
 READY_BYTES = 1 << 28  # what the sampler's own copy of the weights may take
 # Weights with fewer entries are multiplied as they are: what oneDNN adds to each call is more than what it saves.
 PACKED_FROM = 1 << 17
 
 Logits = Callable[[Tensor, Tensor, Attends, Tensor | None], Tensor]
+
+
+def kind_of(weight: Tensor) -> str:
+    """Which way a float32 weight of this shape goes on a CPU. All but "torch" keep a copy of it, laid out anew."""
+    if weight.numel() >= PACKED_FROM and has_onednn():
+        return "onednn"
+    return "kernel" if weight.shape[0] % kernels.VECTOR == 0 and kernels.fault() is None else "torch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +52,11 @@ class Product:
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None) -> Product:
-        if weight.numel() >= PACKED_FROM and weight.dtype == torch.float32 and weight.is_cpu and has_onednn():
-            return cls(pack(weight), bias, "onednn")
-        if weight.shape[0] % kernels.VECTOR == 0 and kernels.serve(weight, bias):
-            return cls(weight.t().contiguous(), None if bias is None else bias.contiguous(), "kernel")
+        kind = kind_of(weight) if weight.is_cpu and weight.dtype == torch.float32 else "torch"
+        if kind == "onednn":
+            return cls(pack(weight), bias, kind)
+        if kind == "kernel" and kernels.serve(weight, bias):
+            return cls(weight.t().contiguous(), None if bias is None else bias.contiguous(), kind)
         return cls(weight, bias, "torch")
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -20,13 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain.models.adapters import linear_layers, put_on
 from posttrain.models.attention import ForestUnsupported
-from posttrain.models.decode import PACKED_FROM, Decoder
+from posttrain.models.decode import Decoder, kind_of
 from posttrain.models.forest import build_forest
 from posttrain.models.load import checkpoint_activations
 from posttrain.models.merge import merged_state
 from posttrain.models.padded import build_padded
 from posttrain.models.policy import Policy, disable_dropout
-from posttrain.models.products import has_onednn
 from posttrain.models.straight import Layer, Straight
 from posttrain.models.value import ANSWER, put_score, read_scores
 from posttrain.plan.kernels import kernels_of
@@ -160,9 +159,9 @@ def sampler_copies(shape: Shape, setup: Setup, n_positions: int) -> int:
     with torch.no_grad(), Ledger([*policy.model.parameters(), *policy.model.buffers()]) as ledger:
         way = policy.for_sampling(n_positions)
     made = ledger.live
-    if setup.device == "cpu" and has_onednn() and isinstance(decoder := getattr(way, "__self__", None), Decoder):
+    if setup.device == "cpu" and isinstance(decoder := getattr(way, "__self__", None), Decoder):
         whole = [weight for layer in decoder.straight.layers for weight in (layer.o.weight, layer.down.weight)]
-        made += sum(_size(weight) for weight in whole if weight.numel() >= PACKED_FROM)  # laid out anew, not joined
+        made += sum(_size(weight) for weight in whole if kind_of(weight) != "torch")  # laid out anew, not joined
     return made
 
 
