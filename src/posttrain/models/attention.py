@@ -5,8 +5,9 @@ Axes: T tokens, H query heads, h key/value heads, D head size; R, Q, K as in `fo
 The model's forward receives `forest=` as a keyword, hands it to each layer's attention unread, and `forest_attention`
 asks it to attend. Training passes a `ForestAttention`; the sampler passes its own state with the same method.
 
-On a GPU, in 16 bits, all rows of a batch go through one kernel for rows of unlike lengths (`models/varlen.py`): no
-padding, no mask. Elsewhere they go group by group, answers to one prompt with a mask.
+On a CPU, in float32, C kernels read tokens where they stand (`models/native`). On a GPU, in 16 bits, all rows of a
+batch go through one kernel for rows of unlike lengths (`models/varlen.py`): no padding, no mask. Elsewhere they go
+group by group, answers to one prompt with a mask.
 """
 
 from __future__ import annotations
@@ -65,21 +66,26 @@ class ForestAttention:
         if self.keep_keys:
             # Not as views of joined projections, whose other parts would be kept with them.
             self.kept[call.layer] = (k_ThD.contiguous(), v_ThD.contiguous())
-        batch = self.batch
-        if call.softcap is None and not call.dropout and serves(q_THD, v_ThD):
+        plain = call.softcap is None and not call.dropout
+        if plain and serves(q_THD, v_ThD):
             if self._packed is None:
-                self._packed = Packed.of(batch)
+                self._packed = Packed.of(self.batch)
             return attend_packed(self._packed, q_THD, k_ThD, v_ThD, scale=call.scale, window=call.window)
-        plain = call.softcap is None and not call.dropout and q_THD.shape[-1] == v_ThD.shape[-1]
-        if plain and kernels.serve(q_THD, k_ThD, v_ThD):
-            if self._rows is None:
-                rows = [(r.start, r.length, r.prefix_start, r.prefix_length) for r in batch.rows]
-                self._rows = kernels.Rows.of(rows)
-            scale = q_THD.shape[-1] ** -0.5 if call.scale is None else call.scale
-            found: Tensor = _Rows.apply(q_THD, k_ThD, v_ThD, self._rows, scale, call.window)
-            return found
+        if plain and q_THD.shape[-1] == v_ThD.shape[-1] and kernels.serve(q_THD, k_ThD, v_ThD):
+            return self._by_kernel(call, q_THD, k_ThD, v_ThD)
+        return self._by_groups(call, q_THD, k_ThD, v_ThD)
+
+    def _by_kernel(self, call: AttentionCall, q_THD: Tensor, k_ThD: Tensor, v_ThD: Tensor) -> Tensor:
+        if self._rows is None:
+            rows = [(r.start, r.length, r.prefix_start, r.prefix_length) for r in self.batch.rows]
+            self._rows = kernels.Rows.of(rows)
+        scale = q_THD.shape[-1] ** -0.5 if call.scale is None else call.scale
+        found: Tensor = _Rows.apply(q_THD, k_ThD, v_ThD, self._rows, scale, call.window)
+        return found
+
+    def _by_groups(self, call: AttentionCall, q_THD: Tensor, k_ThD: Tensor, v_ThD: Tensor) -> Tensor:
         if self._groups is None:
-            self._groups = batch.groups()
+            self._groups = self.batch.groups()
         laid = self._groups
         queries = [g.query_index_RQ.shape for g in laid.groups]
         keys = [g.key_index_RK.shape for g in laid.groups]

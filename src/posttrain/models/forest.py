@@ -4,7 +4,7 @@ Axes: T tokens of the row, N scored positions, R attention rows of a group, Q qu
 
 A tree with several branches gives one attention row for its trunk and one per branch: the branch's queries see
 the trunk's keys and their own, so a prompt is computed once however many answers hang on it. A tree with one
-branch is a single row. Attention rows are padded to their group's longest; the hidden states never are.
+branch is a single row. Kernels that want groups of rows get them padded to the longest; hidden states never are.
 """
 
 from __future__ import annotations

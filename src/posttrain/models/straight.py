@@ -3,10 +3,10 @@
     x ← x + Wo attend(turn(norm(Wq n)), turn(norm(Wk n)), Wv n)      n = norm(x); the inner norms are Qwen 3's
     x ← x + Wd (silu(Wg n) ⊙ Wu n)                                   n = norm(x)
 
-transformers' modules compute the same. Here each half layer is one autograd function with its backward pass written
-out: it keeps the inputs of its products and makes the rest again. The last layer's second half runs only where
-somebody reads its result. Any decoder that is not exactly of this make, or has adapters, quantised weights, hooks,
-dropout or checkpoints inside, goes through its own modules. The parity probe of every load compares the two.
+transformers' modules compute the same. Here each half layer is one autograd function (`halves`), and the last layer's
+second half runs only where somebody reads its result. Any decoder that is not exactly of this make, or has adapters,
+quantised weights, hooks, dropout or checkpoints inside, goes through its own modules. The parity probe of every load
+compares the two.
 
 Axes: T tokens, K tokens kept, D width, F width of the MLP, H query heads, h key/value heads, E head size.
 """
