@@ -23,6 +23,7 @@ from posttrain.models.native import kernels
 from posttrain.models.products import product, product_onto
 
 LEAST_ROWS = 1024  # of a part of an MLP
+MOST_PARTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,10 +232,11 @@ class _Sums:
 
 def parts_of(x_TD: Tensor, width: int) -> list[slice]:
     """Rows whose `width` numbers each fit a block that the process holds on to (models/memory.py): larger ones are new
-    memory each time, which takes a CPU as long as a sixth of a step. Not so few that products become slow."""
+    memory each time, which takes a CPU as long as a sixth of a step. Not so few that products become slow, and not so
+    many parts that what they leave in the heap between them counts."""
     n_rows = len(x_TD)
     most = MAPPED_FROM // (width * x_TD.element_size()) // ROUND * ROUND
-    if x_TD.device.type == "cuda" or n_rows <= most or most < LEAST_ROWS:
+    if x_TD.device.type == "cuda" or most < LEAST_ROWS or not most < n_rows <= MOST_PARTS * most:
         return [slice(0, n_rows)]
     size = -(-n_rows // -(-n_rows // most) // ROUND) * ROUND
     return [slice(i, min(i + size, n_rows)) for i in range(0, n_rows, size)]

@@ -236,9 +236,12 @@ def _squash(logit_RV: Tensor, head: Head, temperature: float) -> Tensor | None:
     return (logit_RV * (temperature / head.softcap)).square_().neg_().add_(1.0)
 
 
-def _parts(tiles: list[slice], device: torch.device) -> list[slice]:
-    """Whole tiles together: on a CPU as many as fit a block of memory that is held on to (models/memory.py)."""
-    n = max(1, MAPPED_FROM // (TILE["cpu"] * 4) - 1) if device.type == "cpu" else max(1, len(tiles))
+def _parts(tiles: list[slice], vocabulary: int, device: torch.device) -> list[slice]:
+    """Whole tiles together: on a CPU as many as fit a block of memory that is held on to (models/memory.py), if that is
+    several and all are not too many for that."""
+    n = (MAPPED_FROM - 1) // (4 * vocabulary * tiles[0].stop) if tiles else 0
+    if n < 2 or len(tiles) > 8 * n or device.type != "cpu":
+        n = max(1, len(tiles))
     return [slice(tiles[i].start, tiles[min(i + n, len(tiles)) - 1].stop) for i in range(0, len(tiles), n)]
 
 
@@ -281,7 +284,7 @@ class _Score(torch.autograd.Function):
         entropy_N = torch.empty_like(logp_N)
         needs_hidden, trains = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         keeps = trains and n * vocabulary <= _on(hidden_ND.device, KEEP)
-        parts = _parts(tiles, hidden_ND.device) if keeps else []  # without `keeps` they may be many GB
+        parts = _parts(tiles, vocabulary, hidden_ND.device) if keeps else []  # without `keeps` they may be many GB
         slopes = [hidden_ND.new_empty(part.stop - part.start, vocabulary) for part in parts]
         slope_ND = torch.empty_like(hidden_ND) if needs_hidden and not keeps else None
         rows = [row for part in slopes for row in part.split(tiles[0].stop)]
