@@ -73,6 +73,14 @@ static inline float row_max(const float *s, long n) {
   return top_of(m);
 }
 
+/* Over n floats, at least one. */
+static inline float largest(const float *s, long n) {
+  long whole = n / W * W;
+  float top = whole ? row_max(s, whole) : s[0];
+  for (long i = whole; i < n; i++) top = s[i] > top ? s[i] : top;
+  return top;
+}
+
 /* s ← exp(s − shift); their sum. */
 static inline float row_exp(float *s, long n, float shift) {
   vec sum = zero();
@@ -94,4 +102,17 @@ static inline vec sigmoid(vec x) {
 static inline void gate_vec(const float *g, const float *u, float *h) {
   vec x = load(g);
   store(h, x * sigmoid(x) * load(u));
+}
+
+/* The same over n floats: whole vectors, and a rest that is copied out and in. */
+static inline void gate_row(const float *g, const float *u, float *h, long n) {
+  long whole = n / W * W;
+  size_t bytes = (n - whole) * sizeof(float);
+  for (long i = 0; i < whole; i += W) gate_vec(g + i, u + i, h + i);
+  if (bytes) {
+    float rest[3][W] = {{0}};
+    memcpy(rest[0], g + whole, bytes), memcpy(rest[1], u + whole, bytes);
+    gate_vec(rest[0], rest[1], rest[2]);
+    memcpy(h + whole, rest[2], bytes);
+  }
 }

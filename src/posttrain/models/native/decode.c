@@ -154,19 +154,8 @@ int decode_attend(const float *q, const float *k, const float *v, float *out, co
 
 /* silu(g) u of joined rows (S, 2F): (S, F). */
 void decode_gate(const float *joined, float *h, long S, long F) {
-  long whole = F / W * W;
 #pragma omp parallel for schedule(static)
-  for (long s = 0; s < S; s++) {
-    const float *g = joined + s * 2 * F, *u = g + F;
-    for (long i = 0; i < whole; i += W) gate_vec(g + i, u + i, h + s * F + i);
-    if (whole < F) {
-      float rest[3][W] = {{0}};
-      size_t bytes = (F - whole) * sizeof(float);
-      memcpy(rest[0], g + whole, bytes), memcpy(rest[1], u + whole, bytes);
-      gate_vec(rest[0], rest[1], rest[2]);
-      memcpy(h + s * F + whole, rest[2], bytes);
-    }
-  }
+  for (long s = 0; s < S; s++) gate_row(joined + s * 2 * F, joined + s * 2 * F + F, h + s * F, F);
 }
 
 /* y (S, N) = x W + b, or y += x W where `onto`; W (K, N), N a multiple of W floats. */
@@ -210,10 +199,7 @@ int decode_draw(const float *logit, const double *at, int64_t *token, float *log
     for (long s = 0; s < S; s++) {
       if (!until) continue;
       const float *x = logit + s * V;
-      float top = x[0], y[SPAN];
-      long whole = V / W * W;
-      if (whole) top = row_max(x, whole);
-      for (long i = whole; i < V; i++) top = x[i] > top ? x[i] : top;
+      float top = largest(x, V), y[SPAN];
       double total = 0;
       for (long b = 0; b < spans; b++) {
         long first = b * SPAN;

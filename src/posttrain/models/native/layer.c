@@ -127,13 +127,7 @@ void gate(const float *g, const float *u, float *h, long n) {
   long whole = n / W * W;
 #pragma omp parallel for schedule(static)
   for (long i = 0; i < whole; i += W) gate_vec(g + i, u + i, h + i);
-  if (whole < n) {
-    float rest[3][W] = {{0}};
-    memcpy(rest[0], g + whole, (n - whole) * sizeof(float));
-    memcpy(rest[1], u + whole, (n - whole) * sizeof(float));
-    gate_vec(rest[0], rest[1], rest[2]);
-    memcpy(h + whole, rest[2], (n - whole) * sizeof(float));
-  }
+  gate_row(g + whole, u + whole, h + whole, n - whole);
 }
 
 /* h = silu(g) u again, du = dh silu(g), and dh ← dg = dh u σ(g) (1 + g (1 − σ(g))). */
@@ -172,8 +166,7 @@ int score(float *logit, const int64_t *target, float factor, float *logp, float 
     float *x = logit + row * V, *y = slope ? slope + row * V : x;
     if (factor != 1.0f)
       for (long i = 0; i < V; i++) x[i] *= factor;
-    float top = whole ? row_max(x, whole) : x[0], at = x[target[row]];
-    for (long i = whole; i < V; i++) top = x[i] > top ? x[i] : top;
+    float top = largest(x, V), at = x[target[row]];
     vec sums = zero(), dots = zero();
     for (long i = 0; i < whole; i += W) {
       vec z = load(x + i) - top, e = vexp(z);
