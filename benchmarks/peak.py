@@ -162,7 +162,8 @@ def _growth(policy: Policy, file: Path) -> None:
 
 def _vocabularies() -> list[dict[str, Any]]:
     """The head alone: 1,024 scored positions of width 256."""
-    from posttrain.models.head import Head, score
+    from posttrain.models.head import score
+    from posttrain.models.output import Head
 
     found = []
     for size in (4096, 16384, 65536, 151_936):

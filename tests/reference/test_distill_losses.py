@@ -11,7 +11,7 @@ import torch
 
 from posttrain.losses.distill import generalised_jsd
 from posttrain.methods.distill import divergences
-from posttrain.models.head import Head
+from posttrain.models.output import Head
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import gradients, largest_gap, mixed_trees, tiny_policy
 
-from posttrain.models import halves
+from posttrain.models import folded, halves
 from posttrain.models import head as head_module
 from posttrain.models.memory import MAPPED_FROM
 
@@ -26,7 +26,7 @@ def test_parts_cover_the_rows_in_round_numbers() -> None:
 def test_slopes_are_kept_in_parts_below_the_same_limit() -> None:
     cpu = torch.device("cpu")
     for n, vocabulary, n_parts in ((3300, 4096, 5), (256, 4096, 1), (900, 151_936, 1), (0, 4096, 0), (10_000, 4096, 1)):
-        tiles = head_module._tiles(n, vocabulary, cpu)
+        tiles = folded.tiles(n, vocabulary, cpu)
         parts = head_module._parts(tiles, vocabulary, cpu)
         assert [i for part in parts for i in range(part.start, part.stop)] == list(range(n))
         assert len(parts) == n_parts
@@ -46,8 +46,8 @@ def test_parts_give_the_same_gradients(dtype: torch.dtype, monkeypatch: pytest.M
     monkeypatch.setattr(halves, "MOST_PARTS", 100)
     monkeypatch.setattr(halves, "MAPPED_FROM", 4096)
     monkeypatch.setattr(head_module, "MAPPED_FROM", 4096)
-    monkeypatch.setattr(head_module, "TILE", {"cpu": 400})
-    monkeypatch.setattr(head_module, "LEAST_ROWS", 4)
+    monkeypatch.setattr(folded, "TILE", {"cpu": 400})
+    monkeypatch.setattr(folded, "LEAST_ROWS", 4)
     assert len(halves_of(torch.empty(40, 1, dtype=dtype), 48)) > 1
     policy.score(trees)[0].logp_N.sum().backward()
     assert largest_gap(whole, gradients(policy)) <= (1e-4 if dtype == torch.float32 else 1e-11)

@@ -74,7 +74,7 @@ def test_only_frozen_weights_get_no_gradient() -> None:
     weighted(policy, trees).backward()
     some = {n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None}
     assert some.keys() == everything.keys() - frozen
-    assert largest_gap(some, {n: everything[n] for n in some}) == 0.0
+    assert largest_gap(some, {n: everything[n] for n in some}) <= TOLERANCE  # another way through a head that is frozen
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

@@ -26,9 +26,9 @@ from posttrain.losses.distill import generalised_jsd
 from posttrain.losses.terms import LossSum, Mean, add_metrics
 from posttrain.methods.prepared import Prepared, evaluation_rows, stage_result, training_rows
 from posttrain.methods.stage import Stage, StageResult
-from posttrain.models.head import Head
 from posttrain.models.load import weights_fingerprint
 from posttrain.models.memory import must_fit
+from posttrain.models.output import Head
 from posttrain.models.policy import Policy, disable_dropout
 from posttrain.records import Completion, Request, Sampling, Status, Tree
 from posttrain.rollout.local import LocalEngine

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from posttrain.models.attention import Attends, AttentionCall
 from posttrain.models.halves import rate
-from posttrain.models.head import Head
 from posttrain.models.native import kernels
+from posttrain.models.output import Head
 from posttrain.models.products import has_onednn, onednn, pack
 from posttrain.models.straight import Layer, Straight
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from posttrain.models.attention import IMPLEMENTATION, Attends, ForestAttention
 from posttrain.models.decode import Logits, decoder_of
 from posttrain.models.forest import ForestBatch, LossTable, Places, build_forest
-from posttrain.models.head import Head, Scored, head_of, log_probs, score
+from posttrain.models.head import Scored, log_probs, score
+from posttrain.models.output import Head, head_of
 from posttrain.models.padded import PaddedBatch, build_padded
 from posttrain.models.straight import Straight, straight_of
 from posttrain.records import Tree

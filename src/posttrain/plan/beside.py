@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from posttrain.methods.distill import LEAST_ROWS, TILE, divergences
-from posttrain.models.head import Head
+from posttrain.models.output import Head
 from posttrain.plan.ledger import Ledger
 from posttrain.plan.shape import Shape
 from posttrain.plan.trace import Counts, Setup, Traced, count, trace_scoring, trace_training

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from posttrain.errors import ModelError
-from posttrain.models import head, hub
+from posttrain.models import folded, head, hub
 from posttrain.models.attention import IMPLEMENTATION
 
 TRACED_LAYERS = 3  # the first, one that stands for all in the middle, and the last
@@ -153,12 +153,12 @@ def give_device(model: nn.Module) -> None:
 def tiles_of(kind: str) -> Iterator[None]:
     """The output layer's tiles of the device `kind` ("cpu" or "cuda") for tensors that only call themselves "cpu" or
     "meta": a torch without CUDA can then still plan for a GPU."""
-    before = dict(head.TILE), dict(head.KEEP)
+    before = dict(folded.TILE), dict(head.KEEP)
     try:
-        for table in (head.TILE, head.KEEP):
+        for table in (folded.TILE, head.KEEP):
             table["cpu"] = table["meta"] = table[kind]
         yield
     finally:
-        for table, old in zip((head.TILE, head.KEEP), before, strict=True):
+        for table, old in zip((folded.TILE, head.KEEP), before, strict=True):
             table.clear()
             table.update(old)

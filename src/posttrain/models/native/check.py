@@ -108,10 +108,22 @@ def _scores(random: Callable[..., Tensor]) -> Iterator[Found]:
         logits, target = random(5, n_tokens) * 9, torch.tensor([0, n_tokens - 1, 5, 6, 3])
         logp = (logits * 0.7).log_softmax(-1)
         slope = torch.empty_like(logits)
-        ours, entropy = kernels.score(logits.clone(), target, 0.7, slope_RV=slope)
+        ours, entropy = kernels.score(logits.clone(), target, 0.7, slope)
         yield "softmax", ours, logp.gather(1, target[:, None]).squeeze(1)
         yield "entropy", entropy, -(logp.exp() * logp).sum(-1)
         yield "softmax's gradient", slope, logp.exp() - F.one_hot(target, n_tokens)
+        kept, sums = torch.zeros(4, 5, dtype=torch.float32), torch.zeros(5, dtype=torch.float32)
+        kept[0] = -torch.inf
+        for first, block in ((0, logits[:, :5].clone()), (5, logits[:, 5:].clone())):
+            shrink = kernels.fold(block, target, 0.7, kept, first)
+            sums = sums * shrink + block.sum(1)
+        top, total, dots, at = kept
+        yield "softmax of blocks", at - top - total.log(), ours
+        yield "entropy of blocks", total.log() - dots / total, entropy
+        yield "sums of blocks", sums / total, 1 - logp.gather(1, target[:, None]).squeeze(1).exp()
+        rest = logits[:, 5:].clone()
+        kernels.unfold(rest, target, top + total.log(), ours, 0.7, 5)
+        yield "gradient of a block", rest, slope[:, 5:]
 
 
 def _steps(random: Callable[..., Tensor]) -> Iterator[Found]:

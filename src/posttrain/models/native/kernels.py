@@ -42,6 +42,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "decode_product": (*[_POINTER] * 4, *[_LONG] * 4),
     "decode_draw": (*[_POINTER] * 4, _LONG, _LONG),
     "decode_gate": (*[_POINTER] * 2, _LONG, _LONG),
+    "fold": (_POINTER, _POINTER, _FLOAT, *[_POINTER] * 2, *[_LONG] * 3),
+    "unfold": (_POINTER, _POINTER, _FLOAT, *[_POINTER] * 2, *[_LONG] * 3),
     "score": (_POINTER, _POINTER, _FLOAT, *[_POINTER] * 3, _LONG, _LONG),
 }
 _WITH_STATUS = frozenset(
@@ -250,16 +252,29 @@ def gate_backward(dh_TF: Tensor, g_TF: Tensor, u_TF: Tensor) -> tuple[Tensor, Te
     return h_TF, dh_TF, du_TF
 
 
-def score(
-    logit_RV: Tensor, target_R: Tensor, factor: float, *, entropy: bool = True, slope_RV: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """log p[target] and entropy (nats; empty where it is not wanted) of softmax(factor · logits); `slope` becomes
-    p − onehot. The logits are spent. Targets are int64; IndexError where one is not in the vocabulary."""
+def score(logit_RV: Tensor, target_R: Tensor, factor: float, slope_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """log p[target] and entropy (nats) of softmax(factor · logits); `slope` becomes p − onehot. The logits are spent.
+    Targets are int64; IndexError where one is not in the vocabulary."""
     assert target_R.dtype == torch.int64 and target_R.shape == logit_RV.shape[:1]
-    logp_R = logit_RV.new_empty(len(logit_RV))
-    entropy_R = logit_RV.new_empty(len(logit_RV) if entropy else 0)
-    _call("score", logit_RV, target_R, factor, logp_R, entropy_R if entropy else None, slope_RV, *logit_RV.shape)
+    logp_R, entropy_R = logit_RV.new_empty(len(logit_RV)), logit_RV.new_empty(len(logit_RV))
+    _call("score", logit_RV, target_R, factor, logp_R, entropy_R, slope_RV, *logit_RV.shape)
     return logp_R, entropy_R
+
+
+def fold(logit_RC: Tensor, target_R: Tensor, factor: float, kept_4R: Tensor, first: int) -> Tensor:
+    """Takes in a block of columns, from `first` on, of factor · logits. `kept` holds of each row so far: the largest
+    logit, top; Σ e^(x − top); Σ e^(x − top) (x − top); the target's x. The block becomes e^(x − top), 0 at the target.
+    (R,): what sums over earlier blocks are to be multiplied by."""
+    assert target_R.dtype == torch.int64 and target_R.shape == logit_RC.shape[:1] and kept_4R.dtype == torch.float32
+    shrink_R = logit_RC.new_empty(len(logit_RC))
+    _call("fold", logit_RC, target_R.contiguous(), factor, kept_4R, shrink_R, first, *logit_RC.shape)
+    return shrink_R
+
+
+def unfold(logit_RC: Tensor, target_R: Tensor, lse_R: Tensor, logp_R: Tensor, factor: float, first: int) -> None:
+    """The same block of logits becomes p − onehot."""
+    assert target_R.dtype == torch.int64 and lse_R.dtype == logp_R.dtype == torch.float32
+    _call("unfold", logit_RC, target_R.contiguous(), factor, lse_R, logp_R, first, *logit_RC.shape)
 
 
 # A step of the sampler: short work many times. Its callers ask `serve` and hand over tensors in one piece.
