@@ -108,13 +108,16 @@ def test_worked_by_hand(arithmetic: tuple[torch.dtype, float]) -> None:
     assert float(found.slope_RD) == pytest.approx(5 / 9 * math.log(5) - 7 / 9 * math.log(2), abs=tolerance)
 
 
+@pytest.mark.parametrize("lowest", ["−∞", "the least number"])
 @pytest.mark.parametrize("gone", [slice(0, 5), slice(5, 10), slice(3, 37)])
-def test_tokens_that_can_never_be_drawn_change_nothing(gone: slice, arithmetic: tuple[torch.dtype, float]) -> None:
-    """A bias of −∞ over a whole block, the first too, or over all blocks but one."""
+def test_tokens_that_can_never_be_drawn_change_nothing(
+    gone: slice, lowest: str, arithmetic: tuple[torch.dtype, float]
+) -> None:
+    """A bias of −∞, or of the least number there is, over a whole block, the first too, or over all blocks but one."""
     dtype, tolerance = arithmetic
     hidden, _, head = inputs(dtype)
     bias_V = torch.zeros(V, dtype=dtype)
-    bias_V[gone] = -torch.inf
+    bias_V[gone] = -torch.inf if lowest == "−∞" else torch.finfo(dtype).min
     left = [v for v in range(V) if bias_V[v] == 0]
     target = torch.tensor([left[i % len(left)] for i in range(N)])
     ours = score(hidden, target, Head(head.weight_VD, bias_V))
