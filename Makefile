@@ -26,7 +26,7 @@ format: $(READY)
 	$(BIN)/ruff format src tests recipes benchmarks
 
 bench: $(READY) $(TRL)/.ready
-	$(BIN)/python benchmarks/bench.py --theirs $(TRL)/bin/python
+	$(BIN)/python benchmarks/bench.py --theirs $(TRL)/bin/python $(if $(VLLM),--vllm $(VLLM))
 
 tiny-base: $(READY)
 	$(BIN)/python recipes/tiny-base/make.py

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 
 import peft
 import torch
+from origin import commit
 
 from posttrain.data.formats import read_examples
 from posttrain.data.render import Renderer
@@ -81,8 +81,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=[kind.name for kind in KINDS])
     parser.add_argument("--out", type=Path, default=RESULTS / "adapters.json")
     asked = parser.parse_args()
-    said = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    provenance = {"commit": said.stdout.strip(), "torch": torch.__version__, "peft": peft.__version__}
+    provenance = {"commit": commit(), "torch": torch.__version__, "peft": peft.__version__}
     trees = _rows()
     setting = {"rows": len(trees), "steps": asked.steps}
     full: list[Run] = []

@@ -26,6 +26,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from origin import commit
+
 from posttrain.data.formats import stream
 from posttrain.data.job import Job
 from posttrain.data.ledger import Bucket
@@ -219,14 +221,7 @@ def _resident_mb(pid: int) -> float:
 
 
 def _machine() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {"commit": commit, "machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    return {"commit": commit(), "machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
+from origin import commit
 
 from posttrain.data.render import Renderer
 from posttrain.models.load import load_policy
@@ -92,7 +92,7 @@ def _report(metric: str, other: Callable[[], object], ours: Callable[[], object]
                 "ratio": round(median(ratios), 2),
                 "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
                 "seconds_ours": round(median(seconds), 4),
-                "commit": _commit(),
+                "commit": commit(),
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),
                 "machine": platform.machine(),
@@ -105,11 +105,6 @@ def _timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def _commit() -> str:
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return described.stdout.strip() or "not in a repository"
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
+
+from origin import commit
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "on_gpu"))
@@ -219,14 +220,9 @@ def _about(machine: Machine, args: argparse.Namespace) -> dict[str, Any]:
 
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     versions |= {"transformers": transformers.__version__, "peft": peft.__version__}
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False).stdout.strip()
-    except OSError:
-        commit = ""
     return {
         "gpu": machine.name, "model": args.shape, "precision": args.precision, "attention_theirs": args.attention,
-        "checkpointing": args.checkpoint, "versions": versions, "commit": commit or "not in a repository",
+        "checkpointing": args.checkpoint, "versions": versions, "commit": commit(),
     }  # fmt: skip
 
 

@@ -16,7 +16,6 @@ import argparse
 import json
 import platform
 import random
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from origin import commit
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from posttrain.paths import ASSETS
@@ -47,7 +47,7 @@ def main() -> int:
     asked.add_argument("--out", type=Path, default=RESULTS / "memory.json")
     options = asked.parse_args()
     provenance = {
-        "commit": _commit(),
+        "commit": commit(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -171,11 +171,6 @@ WORDS = "red blue green black white brown pink grey gold silver orange purple".s
 
 def _write(file: Path, rows: list[dict[str, str]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

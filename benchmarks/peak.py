@@ -16,7 +16,6 @@ import argparse
 import csv
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from origin import commit, versions
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "side_by_side"))
@@ -59,7 +59,9 @@ def main() -> int:
             print(json.dumps({
                 "peak": "SFT step, share of the matrix peak", "model": name, "ratio": round(median(shares), 3),
                 "target": target, "spread": [round(min(shares), 3), round(max(shares), 3)], "threads": THREADS,
-                "torch": torch.__version__, "commit": _commit(), "raw": [round(share, 3) for share in shares],
+                "commit": commit(),
+                "versions": versions("torch", "transformers"),
+                "raw": [round(share, 3) for share in shares],
             }), flush=True)  # fmt: skip
         if args.growth:
             _growth(_load("m3", Path(folder), Path(args.data)), args.growth)
@@ -186,12 +188,6 @@ def _tree(n_trunk: int, branches: Sequence[int]) -> Tree:
         return tuple(draw.randrange(3, SHAPES["m3"]["vocabulary"]) for _ in range(n))
 
     return Tree("row", ids(n_trunk), tuple(Branch(ids(n), (True,) * n) for n in branches))
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    said = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False)
-    return said.stdout.strip() or "not in a repository"
 
 
 def _arguments() -> argparse.Namespace:

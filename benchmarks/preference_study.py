@@ -24,7 +24,6 @@ import argparse
 import copy
 import hashlib
 import json
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from typing import Any
 
 import torch
 import transformers
+from origin import commit
 
 from posttrain.data.formats import read_pairs
 from posttrain.data.ledger import Bucket
@@ -310,10 +310,9 @@ def rounded(interval: Interval) -> list[float]:
 
 
 def sizes(data: Mapping[str, Split]) -> dict[str, Any]:
-    said = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     pairs = {name: {part: len(getattr(found, part)) for part in vars(found)} for name, found in data.items()}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"commit": said.stdout.strip(), **versions, "threads": torch.get_num_threads(), "pairs": pairs}
+    return {"commit": commit(), **versions, "threads": torch.get_num_threads(), "pairs": pairs}
 
 
 def write(file: Path, found: Mapping[str, Any]) -> None:

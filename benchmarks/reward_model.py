@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from origin import commit
 from transformers import AutoTokenizer
 
 from posttrain import pipeline
@@ -134,11 +134,9 @@ def rows(file: Path, found: Iterable[dict[str, Any]]) -> None:
 def tell(given: argparse.Namespace, found: Split, pairs: Sequence[Pair], report: PairReport, passed: bool) -> None:
     for line in report.lines():
         print(line)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
-                            cwd=Path(__file__).parent)  # fmt: skip
     figures = {
         "benchmark": "reward_model",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "file": given.file,

@@ -19,7 +19,6 @@ import contextlib
 import copy
 import csv
 import json
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from origin import commit
 
 from posttrain.data.render import Renderer
 from posttrain.gate.stats import bootstrap_mean
@@ -260,8 +260,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    said = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {"commit": said.stdout.strip(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {"commit": commit(), "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 if __name__ == "__main__":

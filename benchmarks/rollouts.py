@@ -1,6 +1,6 @@
 """Answers a second: the in-process sampler against transformers' `generate`, its continuous batching, and vLLM.
 
-    python benchmarks/rollouts.py --data ../shared/data/gsm8k-train.jsonl [--continuous] [--vllm PYTHON]
+    python benchmarks/rollouts.py --data ../shared/data/gsm8k-train.jsonl [--vllm PYTHON]
 
 8 prompts × 8 answers of at most 128 tokens, sampled at temperature 1, float32, two threads; the same model, prompts
 and lengths on every side (a random model whose end token is drawn with a fixed probability, see side_by_side/cases.py).
@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from origin import commit, versions
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "side_by_side"))
@@ -42,9 +43,11 @@ def main() -> int:
         model = Path(folder) / "model"
         build_model(args.model, model, Path(args.data), MEAN)
         questions = [row["question"] for row in read(Path(args.data))[:PROMPTS]]
-        sides: dict[str, Side] = {"posttrain": ours(model, questions), "generate": generate(model, questions)}
-        if args.continuous:
-            sides["continuous batching"] = continuous(model, questions)
+        sides: dict[str, Side] = {
+            "posttrain": ours(model, questions),
+            "generate": generate(model, questions),
+            "continuous batching": continuous(model, questions),
+        }
         if args.vllm:
             sides["vLLM"] = vllm(args.vllm, model, questions)
         rates: dict[str, list[float]] = {name: [] for name in sides}
@@ -54,10 +57,15 @@ def main() -> int:
                 n_tokens = side(number)
                 if number:  # the first round pays for what is made once
                     rates[name].append(n_tokens / (time.perf_counter() - began))
-    return _tell(args.model, rates)
+    return _tell(args.model, rates, _versions(args.vllm))
 
 
-def _tell(model: str, rates: dict[str, list[float]]) -> int:
+def _versions(vllm_python: str | None) -> dict[str, str]:
+    found = versions("torch", "transformers")
+    return found | versions("vllm", python=vllm_python) if vllm_python else found
+
+
+def _tell(model: str, rates: dict[str, list[float]], measured_with: dict[str, str]) -> int:
     ours_rates = rates.pop("posttrain")
     missed = 0
     for name, theirs in rates.items():
@@ -67,8 +75,8 @@ def _tell(model: str, rates: dict[str, list[float]]) -> int:
             "rollouts": f"posttrain against {name}", "model": model, "ratio": round(median(ratios), 2),
             "target": TARGETS[name], "spread": [round(min(ratios), 2), round(max(ratios), 2)],
             "tokens_per_second_ours": round(median(ours_rates)), "tokens_per_second_theirs": round(median(theirs)),
-            "rounds": len(ratios), "threads": THREADS, "torch": torch.__version__, "machine": platform.machine(),
-            "commit": _commit(), "raw": [[round(a), round(b)] for a, b in zip(ours_rates, theirs, strict=True)],
+            "rounds": len(ratios), "threads": THREADS, "machine": platform.machine(), "commit": commit(),
+            "versions": measured_with, "raw": [[round(a), round(b)] for a, b in zip(ours_rates, theirs, strict=True)],
         }), flush=True)  # fmt: skip
     return 1 if missed else 0
 
@@ -188,18 +196,11 @@ def vllm(python: str, model: Path, questions: list[str]) -> Side:
     return side
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    said = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False)
-    return said.stdout.strip() or "not in a repository"
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=str(HERE.parents[1] / "shared/data/gsm8k-train.jsonl"))
     parser.add_argument("--model", default="m25", choices=["m3", "m25"])
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--continuous", action="store_true", help="transformers' continuous batching too")
     parser.add_argument("--vllm", help="a Python that has vLLM for CPU")
     return parser.parse_args()
 

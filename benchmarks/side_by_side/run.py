@@ -22,6 +22,8 @@ from cases import CASES, THREADS, Case, build_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent))
+from origin import commit, versions  # noqa: E402
 
 
 class Side:
@@ -67,7 +69,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--theirs", default=str(ROOT / ".venv-trl/bin/python"), help="a Python that has trl 1.16")
     parser.add_argument("--data", default=str(ROOT.parent / "shared/data/gsm8k-train.jsonl"))
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", action="append", default=[], help="cases whose name holds this; may be repeated")
     return parser.parse_args()
 
@@ -91,10 +93,22 @@ def _measure(number: int, args: argparse.Namespace) -> bool:
             pairs = [(ours.step(), theirs.step()) for _ in range(3 if case.memory else args.steps)]
         finally:
             ours.close(), theirs.close()
-    return _tell(case, pairs, ours.ready, theirs.ready)
+    return _tell(case, pairs, ours.ready, theirs.ready, _versions(args.theirs))
 
 
-def _tell(case: Case, pairs: list[tuple[dict[str, Any], dict[str, Any]]], idle_ours: int, idle_theirs: int) -> bool:
+def _versions(theirs: str) -> dict[str, str]:
+    """trl's, and what either side computes with where it is not the same."""
+    ours, other = versions("torch", "transformers"), versions("trl", "torch", "transformers", python=theirs)
+    return ours | {p if p == "trl" else f"{p} of trl's": v for p, v in other.items() if ours.get(p) != v}
+
+
+def _tell(
+    case: Case,
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]],
+    idle_ours: int,
+    idle_theirs: int,
+    found: dict[str, str],
+) -> bool:
     if case.memory:  # what training adds to a process that has loaded everything
         mine = [a["peak"] - idle_ours for a, _ in pairs]
         other = [b["peak"] - idle_theirs for _, b in pairs]
@@ -112,23 +126,11 @@ def _tell(case: Case, pairs: list[tuple[dict[str, Any], dict[str, Any]]], idle_o
         "case": case.name, "model": case.model, "ratio": round(ratio, 2), "target": case.target,
         "spread": [round(min(ratios), 2), round(max(ratios), 2)] if ratios else None,
         f"{unit}_ours": round(median(mine) * scale, 4), f"{unit}_trl": round(median(other) * scale, 4),
-        "steps": len(pairs), "commit": _commit(), "torch": _version("torch"), "threads": THREADS,
+        "steps": len(pairs), "commit": commit(), "versions": found, "threads": THREADS,
         "machine": platform.machine(),
         "raw": [[round(a * scale, 4), round(b * scale, 4)] for a, b in zip(mine, other, strict=True)],
     }), flush=True)  # fmt: skip
     return ratio >= case.target
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    return said.stdout.strip() or "not in a repository"
 
 
 if __name__ == "__main__":
