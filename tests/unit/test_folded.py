@@ -208,6 +208,16 @@ def test_logits_far_apart_neither_overflow_nor_vanish(arithmetic: tuple[torch.dt
         assert ours.entropy_N.isfinite().all()
 
 
+def test_a_token_that_is_nearly_certain_has_a_slope_for_all_that(arithmetic: tuple[torch.dtype, float]) -> None:
+    """1 − p = 36 e⁻¹⁷ / (1 + 36 e⁻¹⁷), from logits of about a thousand: p itself is 1 in float32."""
+    dtype, _ = arithmetic
+    weight = torch.full((V, 1), 1000.0, dtype=dtype)
+    weight[7] = 1017.0
+    score(torch.ones(1, 1, dtype=dtype), torch.tensor([7]), Head(weight.requires_grad_())).logp_N.sum().backward()
+    assert weight.grad is not None
+    assert float(weight.grad[7]) == pytest.approx(1.4903754e-6, abs=7e-7)
+
+
 @pytest.mark.parametrize("target", [-1, -100, V])
 @pytest.mark.parametrize("ask", [lambda h, t, w: score(h, t, w), lambda h, t, w: log_probs(h, t, w)])
 def test_a_target_outside_the_vocabulary_is_refused(
