@@ -43,13 +43,14 @@ def main() -> int:
         model = Path(folder) / "model"
         build_model(args.model, model, Path(args.data), MEAN)
         questions = [row["question"] for row in read(Path(args.data))[:PROMPTS]]
+        measured_with = versions("torch", "transformers")
         sides: dict[str, Side] = {
             "posttrain": ours(model, questions),
             "generate": generate(model, questions),
             "continuous batching": continuous(model, questions),
         }
         if args.vllm:
-            sides["vLLM"] = vllm(args.vllm, model, questions)
+            sides["vLLM"], measured_with["vllm"] = vllm(args.vllm, model, questions)
         rates: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(args.rounds + 1):
             for name, side in sides.items():
@@ -57,12 +58,7 @@ def main() -> int:
                 n_tokens = side(number)
                 if number:  # the first round pays for what is made once
                     rates[name].append(n_tokens / (time.perf_counter() - began))
-    return _tell(args.model, rates, _versions(args.vllm))
-
-
-def _versions(vllm_python: str | None) -> dict[str, str]:
-    found = versions("torch", "transformers")
-    return found | versions("vllm", python=vllm_python) if vllm_python else found
+    return _tell(args.model, rates, measured_with)
 
 
 def _tell(model: str, rates: dict[str, list[float]], measured_with: dict[str, str]) -> int:
@@ -148,10 +144,11 @@ def continuous(model: Path, questions: list[str]) -> Side:
 
 VLLM = """
 import json, sys
+import vllm
 from vllm import LLM, SamplingParams, TokensPrompt
 model, ids, answers, n_new, eos = sys.argv[1], json.loads(sys.argv[2]), *map(int, sys.argv[3:6])
 llm = LLM(model=model, dtype="float32", max_model_len=1024, enforce_eager=True, disable_log_stats=True)
-print(json.dumps({"ready": True}), flush=True)
+print(json.dumps({"version": vllm.__version__}), flush=True)
 for line in sys.stdin:
     # No seed of its own for each answer: vLLM 0.32 then rewinds a generator in a way torch's for CPUs does not have.
     how = SamplingParams(n=answers, temperature=1.0, max_tokens=n_new, stop_token_ids=[eos], detokenize=False)
@@ -160,7 +157,8 @@ for line in sys.stdin:
 """
 
 
-def vllm(python: str, model: Path, questions: list[str]) -> Side:
+def vllm(python: str, model: Path, questions: list[str]) -> tuple[Side, str]:
+    """And its version."""
     _, tokenizer, ids = _hugging_face(model, questions)
     once = json.dumps([ids[i * ANSWERS] for i in range(PROMPTS)])
     environment = os.environ | {
@@ -182,7 +180,7 @@ def vllm(python: str, model: Path, questions: list[str]) -> Side:
                 return json.loads(line)
         raise SystemExit(f"vLLM ended ({child.wait()}); what it said is above. Its command: {command[0]} -c … {model}")
 
-    read_line()
+    version = str(read_line()["version"])
     os.killpg(child.pid, signal.SIGSTOP)  # its processes poll, and would work while the others are timed
 
     def side(number: int) -> int:
@@ -193,7 +191,7 @@ def vllm(python: str, model: Path, questions: list[str]) -> Side:
         os.killpg(child.pid, signal.SIGSTOP)
         return n_tokens
 
-    return side
+    return side, version
 
 
 def _arguments() -> argparse.Namespace:

@@ -99,7 +99,7 @@ def test_a_number_that_is_none_is_not_lost() -> None:
         x = torch.randn(2, 40)
         x[0, 3] = bad
         assert not kernels.norm(x, torch.ones(40), 1e-6)[0][0].isfinite().all()
-        logp, entropy = kernels.score(x.clone(), torch.tensor([1, 1]), 1.0, torch.empty_like(x))
+        logp, entropy = kernels.score(x.clone(), torch.tensor([1, 1]), 1.0)
         assert not logp[0].isfinite() and not entropy[0].isfinite() and logp[1].isfinite()
         for width in (40, 16, 7):  # the bad one in the first block, alone in it or not
             logp, entropy = folded(x, torch.tensor([1, 1]), width)
@@ -116,7 +116,7 @@ def test_a_number_that_is_none_stays_so_whatever_its_bits() -> None:
         assert bad.isnan()
         logits = torch.zeros(1, 64)
         logits[0, 5] = bad
-        logp, entropy = kernels.score(logits.clone(), torch.tensor([1]), 1.0, torch.empty_like(logits))
+        logp, entropy = kernels.score(logits.clone(), torch.tensor([1]), 1.0)
         assert logp.isnan() and entropy.isnan()
         logp, entropy = folded(logits, torch.tensor([1]), 16)
         assert logp.isnan() and entropy.isnan()
@@ -156,7 +156,7 @@ def test_tokens_that_cannot_be_drawn_add_nothing(lowest: float) -> None:
 def test_a_target_outside_the_vocabulary_is_refused(target: int) -> None:
     slope = torch.zeros(2, 40)
     with pytest.raises(IndexError, match="40 tokens"):
-        kernels.score(torch.randn(2, 40), torch.tensor([0, target]), 1.0, slope)
+        kernels.score(torch.randn(2, 40), torch.tensor([0, target]), 1.0, slope_RV=slope)
     assert (slope[1] == 0).all()
 
 
@@ -175,7 +175,7 @@ def test_large_scores_neither_overflow_nor_lose_the_largest() -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [float("-inf"), 2.0, 2.0], [-88.0, 0.0, 88.0]])
     target = torch.tensor([0, 1, 0])
     slope = torch.empty_like(logits)
-    logp, entropy = kernels.score(logits.clone(), target, 1.0, slope)
+    logp, entropy = kernels.score(logits.clone(), target, 1.0, slope_RV=slope)
     exact = logits.double().log_softmax(-1)
     torch.testing.assert_close(logp.double(), exact.gather(1, target[:, None])[:, 0], atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(entropy, torch.tensor([0.0, 0.6931472, 0.0]), atol=1e-6, rtol=0)
@@ -194,7 +194,7 @@ def test_exponentials_are_as_exact_as_torch_s() -> None:
     """Through a softmax of two: p = 1 / (1 + exp(x)), over the whole range of float32's exponents."""
     x = torch.linspace(-104, 0, 20_001)
     slope = torch.empty(len(x), 2)
-    kernels.score(torch.stack([torch.zeros_like(x), x], 1), torch.zeros(len(x), dtype=torch.int64), 1.0, slope)
+    kernels.score(torch.stack([torch.zeros_like(x), x], 1), torch.zeros(len(x), dtype=torch.int64), 1.0, slope_RV=slope)
     exact = (x.double().exp() / (1 + x.double().exp())).float()
     torch.testing.assert_close(slope[:, 1], exact, atol=2e-38, rtol=4e-7)
 

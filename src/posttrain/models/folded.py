@@ -28,23 +28,28 @@ def on(device: torch.device, limit: dict[str, int]) -> int:
     return limit[device.type if device.type in limit else "cuda"]
 
 
+def tiles(n: int, vocabulary: int, device: torch.device) -> list[slice]:
+    """Whole rows."""
+    return _slices(n, max(LEAST_ROWS, on(device, TILE) // vocabulary))
+
+
+def is_large(vocabulary: int, device: torch.device) -> bool:
+    """Whether too few whole rows would fit a block."""
+    return LEAST_ROWS * vocabulary > on(device, TILE)
+
+
 @dataclass(frozen=True, slots=True)
 class Blocks:
+    """Of rows and columns, for a large vocabulary."""
+
     rows: list[slice]
-    columns: list[slice]  # one, the whole vocabulary, where rows of it are short enough
+    columns: list[slice]
 
     @classmethod
     def of(cls, n: int, vocabulary: int, device: torch.device) -> Blocks:
         limit = on(device, TILE)
-        if LEAST_ROWS * vocabulary <= limit:
-            return cls(tiles(n, vocabulary, device), [slice(0, vocabulary)])
         n_rows = max(1, min(n, MOST_ROWS, limit))
         return cls(_slices(n, n_rows), _slices(vocabulary, limit // n_rows))
-
-
-def tiles(n: int, vocabulary: int, device: torch.device) -> list[slice]:
-    """Whole rows, for those who need them."""
-    return _slices(n, max(LEAST_ROWS, on(device, TILE) // vocabulary))
 
 
 def _slices(n: int, size: int) -> list[slice]:
@@ -159,8 +164,6 @@ class Folded(torch.autograd.Function):
     def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, softcap, scale, temperature):  # type: ignore[no-untyped-def]
         head = Head(weight_VD.to(hidden_ND.dtype), bias_V, softcap, scale)  # once, not once a block
         blocks = Blocks.of(len(hidden_ND), len(weight_VD), hidden_ND.device)
-        if len(blocks.columns) == 1:
-            head = head.laid_out(len(blocks.rows), hidden_ND)
         logp_N = hidden_ND.new_empty(len(hidden_ND), dtype=wide(hidden_ND))
         entropy_N, lse_N = torch.empty_like(logp_N), torch.empty_like(logp_N)
         slope_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from posttrain.models.folded import Blocks, Folded, fold, on, steepness, tiles
+from posttrain.models.folded import Blocks, Folded, fold, is_large, on, steepness, tiles
 from posttrain.models.memory import MAPPED_FROM
 from posttrain.models.native import kernels
 from posttrain.models.output import Head, add_product, wide
@@ -51,7 +51,7 @@ def score(
     """Log-probability and entropy of each target under softmax(logits / temperature). `entropy_grad`: the entropy
     carries a gradient, for two more vocabulary products each way."""
     hidden_ND = head.taken(hidden_ND)
-    way = _Kept if _keeps(hidden_ND, head) else Folded
+    way = _way(hidden_ND, head)
     logp_N, entropy_N = way.apply(
         hidden_ND, head.weight_VD, head.bias_V, target_N, head.softcap, head.scale, temperature
     )
@@ -60,21 +60,32 @@ def score(
     return Scored(logp_N, entropy_N, log_collision(hidden_ND, head, temperature) if collision else None)
 
 
-def _keeps(hidden_ND: Tensor, head: Head) -> bool:
+def _way(hidden_ND: Tensor, head: Head) -> type[torch.autograd.Function]:
     trains = any(t is not None and t.requires_grad for t in (head.weight_VD, head.bias_V)) and torch.is_grad_enabled()
-    return trains and 0 < len(hidden_ND) * len(head.weight_VD) <= on(hidden_ND.device, KEEP)
+    if trains and 0 < len(hidden_ND) * len(head.weight_VD) <= on(hidden_ND.device, KEEP):
+        return _Kept
+    return Folded if is_large(len(head.weight_VD), hidden_ND.device) else _Again
 
 
 @torch.no_grad()
 def log_probs(hidden_ND: Tensor, target_N: Tensor, head: Head, temperature: float = 1.0) -> Tensor:
     """(N,) `score`'s log-probabilities and nothing else."""
     hidden_ND, head = head.taken(hidden_ND), head.ready()
-    blocks = Blocks.of(len(hidden_ND), len(head.weight_VD), hidden_ND.device)
-    if len(blocks.columns) == 1:
-        head = head.laid_out(len(blocks.rows), hidden_ND)
     logp_N = hidden_ND.new_empty(len(hidden_ND), dtype=wide(hidden_ND))
-    for rows in blocks.rows:
-        logp_N[rows] = fold(head, hidden_ND[rows], target_N[rows], temperature, blocks.columns).logp_R
+    if is_large(len(head.weight_VD), hidden_ND.device):
+        blocks = Blocks.of(len(hidden_ND), len(head.weight_VD), hidden_ND.device)
+        for rows in blocks.rows:
+            logp_N[rows] = fold(head, hidden_ND[rows], target_N[rows], temperature, blocks.columns).logp_R
+        return logp_N
+    rows_of_tiles = tiles(len(hidden_ND), len(head.weight_VD), hidden_ND.device)
+    head = head.laid_out(len(rows_of_tiles), hidden_ND)
+    for tile in rows_of_tiles:
+        hidden_RD, target_R = hidden_ND[tile], target_N[tile]
+        if _has_kernel(head, hidden_RD):
+            logp_N[tile], _ = _score_by_kernel(head, hidden_RD, target_R, temperature, None, entropy=False)
+        else:
+            logp_RV = head.logits(hidden_RD, temperature).log_softmax(-1)
+            logp_N[tile] = logp_RV.gather(1, target_R[:, None]).squeeze(1)
     return logp_N
 
 
@@ -88,36 +99,54 @@ def log_collision(hidden_ND: Tensor, head: Head, temperature: float = 1.0) -> Te
     return found_N
 
 
+def _has_kernel(head: Head, hidden_RD: Tensor, slope_RV: Tensor | None = None) -> bool:
+    return head.softcap is None and kernels.serve(hidden_RD, head.weight_VD, head.bias_V, slope_RV)
+
+
+def _score_by_kernel(
+    head: Head,
+    hidden_RD: Tensor,
+    target_R: Tensor,
+    temperature: float,
+    slope_RV: Tensor | None,
+    *,
+    entropy: bool = True,
+) -> tuple[Tensor, Tensor]:
+    logit_RV = replace(head, scale=1.0).logits(hidden_RD)
+    factor = head.scale / temperature
+    return kernels.score(logit_RV, target_R.contiguous(), factor, entropy=entropy, slope_RV=slope_RV)
+
+
 def _score_tile(
-    head: Head, hidden_RD: Tensor, target_R: Tensor, temperature: float, slope_RV: Tensor
+    head: Head, hidden_RD: Tensor, target_R: Tensor, temperature: float, slope_RV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(logp_R, entropy_R): one tile. Writes −d logp / d raw, less the factor scale / temperature, into `slope_RV`."""
-    if head.softcap is None and kernels.serve(hidden_RD, head.weight_VD, head.bias_V, slope_RV):
-        logit_RV = replace(head, scale=1.0).logits(hidden_RD)
-        return kernels.score(logit_RV, target_R.contiguous(), head.scale / temperature, slope_RV)
+    if _has_kernel(head, hidden_RD, slope_RV):
+        return _score_by_kernel(head, hidden_RD, target_R, temperature, slope_RV)
     logit_RV = head.logits(hidden_RD, temperature)
-    factor_RV = steepness(logit_RV, head, temperature)
+    factor_RV = steepness(logit_RV, head, temperature) if slope_RV is not None else None
     logp_RV = logit_RV.log_softmax(-1)
-    exact = slope_RV.dtype == logp_RV.dtype
+    exact = slope_RV is not None and slope_RV.dtype == logp_RV.dtype
     p_RV = torch.exp(logp_RV, out=slope_RV if exact else logit_RV)
     entropy_R = -torch.linalg.vecdot(p_RV, logp_RV)
     at_target_R1 = target_R[:, None]
     logp_R1 = logp_RV.gather(1, at_target_R1)
-    p_RV.scatter_(1, at_target_R1, torch.expm1(logp_R1))
-    if factor_RV is not None:
-        p_RV *= factor_RV
-    if not exact:
-        slope_RV.copy_(p_RV)
+    if slope_RV is not None:
+        p_RV.scatter_(1, at_target_R1, torch.expm1(logp_R1))
+        if factor_RV is not None:
+            p_RV *= factor_RV
+        if not exact:
+            slope_RV.copy_(p_RV)
     return logp_R1.squeeze(1), entropy_R
 
 
-def _parts(tiles: list[slice], vocabulary: int, device: torch.device) -> list[slice]:
+def _parts(rows: list[slice], vocabulary: int, device: torch.device) -> list[slice]:
     """Whole tiles together: on a CPU as many as fit a block of memory that is held on to (models/memory.py), if that is
     several and all are not too many for that."""
-    n = (MAPPED_FROM - 1) // (4 * vocabulary * tiles[0].stop) if tiles else 0
-    if n < 2 or len(tiles) > 8 * n or device.type != "cpu":
-        n = max(1, len(tiles))
-    return [slice(tiles[i].start, tiles[min(i + n, len(tiles)) - 1].stop) for i in range(0, len(tiles), n)]
+    n = (MAPPED_FROM - 1) // (4 * vocabulary * rows[0].stop) if rows else 0
+    if n < 2 or len(rows) > 8 * n or device.type != "cpu":
+        n = max(1, len(rows))
+    return [slice(rows[i].start, rows[min(i + n, len(rows)) - 1].stop) for i in range(0, len(rows), n)]
 
 
 def _from_slopes(
@@ -175,6 +204,53 @@ class _Kept(torch.autograd.Function):
         hidden_ND, weight_VD, bias_V, *slopes = ctx.saved_tensors
         grad_N1 = (grad_N * -ctx.factor)[:, None].to(hidden_ND.dtype)  # what the slopes were left without
         return *_from_slopes(slopes, hidden_ND, weight_VD, bias_V, grad_N1, ctx.needs_input_grad), *[None] * 4
+
+
+class _Again(torch.autograd.Function):
+    """(logp_N, entropy_N); the slopes' products with W are kept. A head that trains makes its slopes again."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, target_N, softcap, scale, temperature):  # type: ignore[no-untyped-def]
+        compute = weight_VD.to(hidden_ND.dtype)  # once, not once a tile
+        rows = tiles(len(hidden_ND), len(weight_VD), hidden_ND.device)
+        head = Head(compute, bias_V, softcap, scale).laid_out(len(rows), hidden_ND)
+        logp_N = hidden_ND.new_empty(len(hidden_ND), dtype=wide(hidden_ND))
+        entropy_N = torch.empty_like(logp_N)
+        slope_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        for tile in rows:
+            hidden_RD = hidden_ND[tile]
+            slope_RV = None if slope_ND is None else hidden_ND.new_empty(len(hidden_RD), len(weight_VD))
+            logp_N[tile], entropy_N[tile] = _score_tile(head, hidden_RD, target_N[tile], temperature, slope_RV)
+            if slope_ND is not None and slope_RV is not None:
+                slope_ND[tile] = product(slope_RV, compute.t())
+        trains = any(ctx.needs_input_grad[1:3])
+        ctx.save_for_backward(slope_ND, *((hidden_ND, weight_VD, bias_V, target_N) if trains else ()))
+        ctx.constants = softcap, scale, temperature
+        ctx.mark_non_differentiable(entropy_N)
+        return logp_N, entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor, _entropy: Tensor) -> tuple[Tensor | None, ...]:
+        slope_ND, *more = ctx.saved_tensors
+        softcap, scale, temperature = ctx.constants
+        grad_N1 = grad_N[:, None] * (-scale / temperature)  # what the slopes were left without
+        grad_hidden = slope_ND * grad_N1.to(slope_ND.dtype) if slope_ND is not None else None
+        if not more:
+            return grad_hidden, *[None] * 6
+        hidden_ND, weight_VD, bias_V, target_N = more
+        head = Head(weight_VD.to(hidden_ND.dtype), bias_V, softcap, scale)
+        scaled_ND = hidden_ND * grad_N1.to(hidden_ND.dtype)
+        grad_weight = torch.zeros_like(weight_VD, dtype=grad_N1.dtype)
+        grad_bias = torch.zeros_like(bias_V, dtype=grad_N1.dtype) if bias_V is not None else None
+        for tile in tiles(len(hidden_ND), len(weight_VD), hidden_ND.device):
+            slope_RV = hidden_ND.new_empty(len(hidden_ND[tile]), len(weight_VD), dtype=grad_N1.dtype)
+            _score_tile(head, hidden_ND[tile], target_N[tile], temperature, slope_RV)
+            add_product(grad_weight, slope_RV.T.to(hidden_ND.dtype), scaled_ND[tile])
+            if grad_bias is not None:
+                grad_bias += (slope_RV.T @ grad_N1[tile]).squeeze(1)
+        of_bias = None if grad_bias is None else grad_bias.to(bias_V.dtype)
+        return grad_hidden, grad_weight.to(weight_VD.dtype), of_bias, *[None] * 4
 
 
 class _Entropy(torch.autograd.Function):

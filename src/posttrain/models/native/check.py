@@ -108,7 +108,7 @@ def _scores(random: Callable[..., Tensor]) -> Iterator[Found]:
         logits, target = random(5, n_tokens) * 9, torch.tensor([0, n_tokens - 1, 5, 6, 3])
         logp = (logits * 0.7).log_softmax(-1)
         slope = torch.empty_like(logits)
-        ours, entropy = kernels.score(logits.clone(), target, 0.7, slope)
+        ours, entropy = kernels.score(logits.clone(), target, 0.7, slope_RV=slope)
         yield "softmax", ours, logp.gather(1, target[:, None]).squeeze(1)
         yield "entropy", entropy, -(logp.exp() * logp).sum(-1)
         yield "softmax's gradient", slope, logp.exp() - F.one_hot(target, n_tokens)

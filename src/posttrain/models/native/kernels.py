@@ -252,12 +252,15 @@ def gate_backward(dh_TF: Tensor, g_TF: Tensor, u_TF: Tensor) -> tuple[Tensor, Te
     return h_TF, dh_TF, du_TF
 
 
-def score(logit_RV: Tensor, target_R: Tensor, factor: float, slope_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """log p[target] and entropy (nats) of softmax(factor · logits); `slope` becomes p − onehot. The logits are spent.
-    Targets are int64; IndexError where one is not in the vocabulary."""
+def score(
+    logit_RV: Tensor, target_R: Tensor, factor: float, *, entropy: bool = True, slope_RV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """log p[target] and entropy (nats; empty where it is not wanted) of softmax(factor · logits); `slope` becomes
+    p − onehot. The logits are spent. Targets are int64; IndexError where one is not in the vocabulary."""
     assert target_R.dtype == torch.int64 and target_R.shape == logit_RV.shape[:1]
-    logp_R, entropy_R = logit_RV.new_empty(len(logit_RV)), logit_RV.new_empty(len(logit_RV))
-    _call("score", logit_RV, target_R, factor, logp_R, entropy_R, slope_RV, *logit_RV.shape)
+    logp_R = logit_RV.new_empty(len(logit_RV))
+    entropy_R = logit_RV.new_empty(len(logit_RV) if entropy else 0)
+    _call("score", logit_RV, target_R, factor, logp_R, entropy_R if entropy else None, slope_RV, *logit_RV.shape)
     return logp_R, entropy_R
 
 

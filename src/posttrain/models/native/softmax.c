@@ -28,9 +28,9 @@ static inline float exp_row(const float *x, float *y, long n, float shift, float
   return sum;
 }
 
-/* Rows of logits (R, V), times `factor`: log p[target], the entropy in nats, and p − onehot(target), written to `slope`.
-   One row at a time: it stays in the cache between its passes. Returns 1, and leaves its row alone, where a target is
-   not in the vocabulary. */
+/* Rows of logits (R, V), times `factor`: log p[target], the entropy in nats where `entropy` is given, and where `slope`
+   is given p − onehot(target), written to (R, V). One row at a time: it stays in the cache between its passes.
+   Returns 1, and leaves its row alone, where a target is not in the vocabulary. */
 int score(float *logit, const int64_t *target, float factor, float *logp, float *entropy, float *slope, long R, long V) {
   int failed = 0;
 #pragma omp parallel for schedule(static) reduction(| : failed)
@@ -39,13 +39,15 @@ int score(float *logit, const int64_t *target, float factor, float *logp, float 
       failed = 1;
       continue;
     }
-    float *x = logit + row * V, *y = slope + row * V, dot;
+    float *x = logit + row * V, *y = slope ? slope + row * V : x, dot;
     times(x, V, factor);
     float top = largest(x, V), at = x[target[row]], sum = exp_row(x, y, V, top, &dot), log_sum = logf(sum);
     logp[row] = at - top - log_sum;
-    entropy[row] = log_sum - dot / sum;
-    times(y, V, 1.0f / sum);
-    y[target[row]] = expm1f(logp[row]);
+    if (entropy) entropy[row] = log_sum - dot / sum;
+    if (slope) {
+      times(y, V, 1.0f / sum);
+      y[target[row]] = expm1f(logp[row]);
+    }
   }
   return failed;
 }
