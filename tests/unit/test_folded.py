@@ -95,10 +95,14 @@ def test_gradcheck(variant: str) -> None:
     assert torch.autograd.gradcheck(f, [t for t in (hidden, head.weight_VD, head.bias_V) if t is not None])
 
 
+@pytest.mark.parametrize("way", ["blocks", "whole rows", "kept"])
 @pytest.mark.parametrize("trains", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
 def test_whatever_of_them_trains_gets_the_gradient_it_has_when_all_do(
-    trains: tuple[int, int, int], arithmetic: tuple[torch.dtype, float]
+    trains: tuple[int, int, int], way: str, arithmetic: tuple[torch.dtype, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if way != "blocks":
+        monkeypatch.setattr(folded, "TILE", {"cpu": 1 << 20})
+        monkeypatch.setattr("posttrain.models.head.KEEP", {"cpu": N * V if way == "kept" else 0})
     dtype, tolerance = arithmetic
     hidden, target, head = inputs(dtype, **VARIANTS["all"])
     assert head.bias_V is not None

@@ -144,8 +144,8 @@ def test_tokens_that_cannot_be_drawn_add_nothing(lowest: float) -> None:
     logits, target = torch.full((2, 40), lowest), torch.tensor([20, 39])
     logits[:, 20:] = 3.0
     slope = torch.empty_like(logits)
-    found = [kernels.score(logits.clone(), target, 1.0, slope), *(folded(logits, target, n) for n in (40, 20, 16, 7))]
-    for logp, entropy in found:
+    whole = [kernels.score(logits.clone(), target, 1.0, slope_RV=s) for s in (slope, None)]
+    for logp, entropy in (*whole, *(folded(logits, target, n) for n in (40, 20, 16, 7))):
         torch.testing.assert_close(logp, torch.full((2,), -2.9957323), atol=1e-6, rtol=0)
         torch.testing.assert_close(entropy, torch.full((2,), 2.9957323), atol=1e-6, rtol=0)
     torch.testing.assert_close(slope[:, :20], torch.zeros(2, 20), atol=0, rtol=0)
