@@ -165,6 +165,16 @@ def test_sixteen_bits_are_summed_in_float32_over_all_blocks(wide: bool, monkeypa
     assert bool(asked) == wide
 
 
+def test_products_of_sixteen_bits_are_added_up_in_float32() -> None:
+    """1,600 equal logits in blocks of five, and all rows of W are 1 but the target's, 0: Σ p W is 1599 / 1600. In
+    bfloat16 (8 bits) each five added beyond 1,024 would count as eight."""
+    hidden, weight = torch.zeros(4, 1, dtype=torch.bfloat16), torch.ones(1600, 1, dtype=torch.bfloat16)
+    weight[100] = 0.0
+    score(hidden.requires_grad_(), torch.full((4,), 100), Head(weight)).logp_N.sum().backward()
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad.float(), torch.full((4, 1), -1599 / 1600), atol=0.004, rtol=0)
+
+
 def test_worked_by_hand(arithmetic: tuple[torch.dtype, float]) -> None:
     """Logits 0, ln 2 | ln 5, 0: the sum is 3/2 under the top ln 2, then 3/5 + 1 + 1/5 under ln 5; p: 1, 2, 5, 1 / 9."""
     dtype, tolerance = arithmetic
