@@ -275,3 +275,11 @@ def test_no_more_than_a_block_of_logits_is_ever_there(trains: bool, monkeypatch:
     with Largest() as largest:
         score(hidden, torch.randint(3000, (600,)), Head(weight)).logp_N.sum().backward()
     assert largest.found <= (9000 if trains else 8000)
+
+
+def test_a_head_that_trains_keeps_no_slopes_where_no_gradient_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain.models.head.KEEP", {"cpu": 1 << 30})
+    hidden, target, head = inputs(torch.float32)
+    with torch.no_grad(), Largest() as largest:
+        score(hidden, target, head)
+    assert largest.found < N * V
