@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from posttrain.models import folded
+from posttrain.models import folded, output
 from posttrain.models.folded import Blocks, fold
 from posttrain.models.head import log_probs, score
 from posttrain.models.native import kernels
@@ -95,6 +95,86 @@ def test_gradcheck(variant: str) -> None:
     assert torch.autograd.gradcheck(f, [t for t in (hidden, head.weight_VD, head.bias_V) if t is not None])
 
 
+@pytest.mark.parametrize("way", ["blocks", "whole rows", "kept"])
+@pytest.mark.parametrize("trains", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
+def test_whatever_of_them_trains_gets_the_gradient_it_has_when_all_do(
+    trains: tuple[int, int, int], way: str, arithmetic: tuple[torch.dtype, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way != "blocks":
+        monkeypatch.setattr(folded, "TILE", {"cpu": 1 << 20})
+        monkeypatch.setattr("posttrain.models.head.KEEP", {"cpu": N * V if way == "kept" else 0})
+    dtype, tolerance = arithmetic
+    hidden, target, head = inputs(dtype, **VARIANTS["all"])
+    assert head.bias_V is not None
+    everything = [hidden, head.weight_VD, head.bias_V]
+    weights = torch.linspace(-1, 1, N, dtype=dtype)
+    exact = torch.autograd.grad((score(hidden, target, head).logp_N * weights).sum(), everything)
+    some = [t.detach().requires_grad_(bool(trains[i])) for i, t in enumerate(everything)]
+    (score(some[0], target, Head(some[1], some[2], head.softcap, head.scale)).logp_N * weights).sum().backward()
+    for ours, whole, asked in zip(some, exact, trains, strict=True):
+        assert (ours.grad is not None) == asked
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, whole, atol=tolerance, rtol=0)
+
+
+def test_numbers_may_lie_in_any_order(arithmetic: tuple[torch.dtype, float]) -> None:
+    """A weight that is another's transpose or wider than it is read, every other hidden state, bias and target."""
+    dtype, tolerance = arithmetic
+    hidden, target, head = inputs(dtype, bias=True)
+    assert head.bias_V is not None
+    exact = score(hidden, target, head).logp_N
+    slopes = torch.autograd.grad(exact.sum(), [hidden, head.weight_VD, head.bias_V])
+
+    def every_other(x: Tensor) -> Tensor:
+        return torch.stack([x.detach(), x.detach()], 1).flatten(0, 1)[::2].requires_grad_(x.is_floating_point())
+
+    for weight in (head.weight_VD.detach().t().contiguous().t(), torch.cat([head.weight_VD.detach()] * 2, 1)[:, :D]):
+        assert not weight.is_contiguous()
+        wrt = [every_other(hidden), weight.requires_grad_(), every_other(head.bias_V)]
+        ours = score(wrt[0], every_other(target), Head(wrt[1], wrt[2])).logp_N
+        torch.testing.assert_close(ours, exact, atol=tolerance, rtol=0)
+        for a, b in zip(torch.autograd.grad(ours.sum(), wrt), slopes, strict=True):
+            torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_sixteen_bits_are_summed_in_float32_over_all_blocks(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`wide`: by products that give float32, which torch has on a GPU only."""
+    hidden, target, exact = inputs(torch.float32, bias=True, softcap=2.0)
+    assert exact.bias_V is not None
+    asked: list[torch.Size] = []
+
+    def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        asked.append(a.shape)
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    if wide:
+        monkeypatch.setattr(output, "_has_wide_products", lambda x: x.dtype in output.HALF)
+        monkeypatch.setattr(torch, "mm", mm)
+    wrt = [hidden, exact.weight_VD, exact.bias_V]
+    ours = score(hidden, target, Head(exact.weight_VD, exact.bias_V, 2.0, compute=torch.bfloat16))
+    logp_N = plain(hidden, exact, 1.0)[range(N), target]
+    assert ours.logp_N.dtype == torch.float32
+    torch.testing.assert_close(ours.logp_N, logp_N, atol=0.05, rtol=0)
+    weights = torch.linspace(-1, 1, N)
+    found = torch.autograd.grad((ours.logp_N * weights).sum(), wrt)
+    for a, b in zip(found, torch.autograd.grad((logp_N * weights).sum(), wrt), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, atol=0.03 * float(b.abs().max()), rtol=0)
+    assert bool(asked) == wide
+
+
+def test_products_of_sixteen_bits_are_added_up_in_float32() -> None:
+    """1,600 equal logits in blocks of five, and all rows of W are 1 but the target's, 0: Σ p W is 1599 / 1600. In
+    bfloat16 (8 bits) each five added beyond 1,024 would count as eight."""
+    hidden, weight = torch.zeros(4, 1, dtype=torch.bfloat16), torch.ones(1600, 1, dtype=torch.bfloat16)
+    weight[100] = 0.0
+    score(hidden.requires_grad_(), torch.full((4,), 100), Head(weight)).logp_N.sum().backward()
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad.float(), torch.full((4, 1), -1599 / 1600), atol=0.004, rtol=0)
+
+
 def test_worked_by_hand(arithmetic: tuple[torch.dtype, float]) -> None:
     """Logits 0, ln 2 | ln 5, 0: the sum is 3/2 under the top ln 2, then 3/5 + 1 + 1/5 under ln 5; p: 1, 2, 5, 1 / 9."""
     dtype, tolerance = arithmetic
@@ -108,13 +188,16 @@ def test_worked_by_hand(arithmetic: tuple[torch.dtype, float]) -> None:
     assert float(found.slope_RD) == pytest.approx(5 / 9 * math.log(5) - 7 / 9 * math.log(2), abs=tolerance)
 
 
+@pytest.mark.parametrize("lowest", ["−∞", "the least number"])
 @pytest.mark.parametrize("gone", [slice(0, 5), slice(5, 10), slice(3, 37)])
-def test_tokens_that_can_never_be_drawn_change_nothing(gone: slice, arithmetic: tuple[torch.dtype, float]) -> None:
-    """A bias of −∞ over a whole block, the first too, or over all blocks but one."""
+def test_tokens_that_can_never_be_drawn_change_nothing(
+    gone: slice, lowest: str, arithmetic: tuple[torch.dtype, float]
+) -> None:
+    """A bias of −∞, or of the least number there is, over a whole block, the first too, or over all blocks but one."""
     dtype, tolerance = arithmetic
     hidden, _, head = inputs(dtype)
     bias_V = torch.zeros(V, dtype=dtype)
-    bias_V[gone] = -torch.inf
+    bias_V[gone] = -torch.inf if lowest == "−∞" else torch.finfo(dtype).min
     left = [v for v in range(V) if bias_V[v] == 0]
     target = torch.tensor([left[i % len(left)] for i in range(N)])
     ours = score(hidden, target, Head(head.weight_VD, bias_V))
@@ -131,12 +214,22 @@ def test_tokens_that_can_never_be_drawn_change_nothing(gone: slice, arithmetic: 
 
 def test_logits_far_apart_neither_overflow_nor_vanish(arithmetic: tuple[torch.dtype, float]) -> None:
     dtype, tolerance = arithmetic
-    for order in (1, -1):  # the largest first, the largest last
+    for order, all_by in ((1, 0.0), (-1, 0.0), (1, -1000.0)):  # the largest first, the largest last, all far below 0
         weight = order * torch.linspace(300, -300, V, dtype=dtype)[:, None]
         target = torch.tensor([0 if order == 1 else V - 1])
-        ours = score(torch.ones(1, 1, dtype=dtype), target, Head(weight))
+        ours = score(torch.ones(1, 1, dtype=dtype), target, Head(weight, torch.full((V,), all_by, dtype=dtype)))
         assert float(ours.logp_N) == pytest.approx(-math.exp(-600 / (V - 1)), rel=1e-3, abs=tolerance)
         assert ours.entropy_N.isfinite().all()
+
+
+def test_a_token_that_is_nearly_certain_has_a_slope_for_all_that(arithmetic: tuple[torch.dtype, float]) -> None:
+    """1 − p = 36 e⁻¹⁷ / (1 + 36 e⁻¹⁷), from logits of about a thousand: p itself is 1 in float32."""
+    dtype, _ = arithmetic
+    weight = torch.full((V, 1), 1000.0, dtype=dtype)
+    weight[7] = 1017.0
+    score(torch.ones(1, 1, dtype=dtype), torch.tensor([7]), Head(weight.requires_grad_())).logp_N.sum().backward()
+    assert weight.grad is not None
+    assert float(weight.grad[7]) == pytest.approx(1.4903754e-6, abs=7e-7)
 
 
 @pytest.mark.parametrize("target", [-1, -100, V])
@@ -182,3 +275,11 @@ def test_no_more_than_a_block_of_logits_is_ever_there(trains: bool, monkeypatch:
     with Largest() as largest:
         score(hidden, torch.randint(3000, (600,)), Head(weight)).logp_N.sum().backward()
     assert largest.found <= (9000 if trains else 8000)
+
+
+def test_a_head_that_trains_keeps_no_slopes_where_no_gradient_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain.models.head.KEEP", {"cpu": 1 << 30})
+    hidden, target, head = inputs(torch.float32)
+    with torch.no_grad(), Largest() as largest:
+        score(hidden, target, head)
+    assert largest.found < N * V

@@ -138,6 +138,20 @@ def test_scores_that_are_all_minus_infinity_do_not_show_what_is_hidden() -> None
 
 
 @needs_kernels
+@pytest.mark.parametrize("lowest", [float("-inf"), torch.finfo(torch.float32).min])
+def test_tokens_that_cannot_be_drawn_add_nothing(lowest: float) -> None:
+    """In whole vectors and in what is left over; 20 equal logits of 40: ln 20 each way."""
+    logits, target = torch.full((2, 40), lowest), torch.tensor([20, 39])
+    logits[:, 20:] = 3.0
+    slope = torch.empty_like(logits)
+    whole = [kernels.score(logits.clone(), target, 1.0, slope_RV=s) for s in (slope, None)]
+    for logp, entropy in (*whole, *(folded(logits, target, n) for n in (40, 20, 16, 7))):
+        torch.testing.assert_close(logp, torch.full((2,), -2.9957323), atol=1e-6, rtol=0)
+        torch.testing.assert_close(entropy, torch.full((2,), 2.9957323), atol=1e-6, rtol=0)
+    torch.testing.assert_close(slope[:, :20], torch.zeros(2, 20), atol=0, rtol=0)
+
+
+@needs_kernels
 @pytest.mark.parametrize("target", [-1, 40])
 def test_a_target_outside_the_vocabulary_is_refused(target: int) -> None:
     slope = torch.zeros(2, 40)

@@ -135,8 +135,9 @@ def _fold(logit_RC: Tensor, target_R: Tensor, kept_4R: Tensor, first: int) -> Te
     e_RC = logit_RC.sub_(shift_R[:, None])
     z_RC = e_RC.clone()
     e_RC.exp_()
-    dot_R.add_(sum_R * gap_R).mul_(shrink_R).add_(z_RC.mul_(e_RC).masked_fill_(e_RC == 0, 0).sum(1))
-    sum_R.mul_(shrink_R).add_(e_RC.sum(1))
+    sum_R.mul_(shrink_R)  # before it meets the gap, which may be as large as a number can be
+    dot_R.mul_(shrink_R).add_(sum_R * gap_R).add_(z_RC.mul_(e_RC).masked_fill_(e_RC == 0, 0).sum(1))
+    sum_R.add_(e_RC.sum(1))
     top_R.copy_(new_top_R)
     e_RC.scatter_(1, place_R1, e_RC.gather(1, place_R1).masked_fill_(here_R1, 0))
     return shrink_R

@@ -68,8 +68,9 @@ void fold(float *logit, const int64_t *target, float factor, float *kept, float 
     if (here) *at = x[place];
     float fresh = exp_row(x, x, C, shift, &more);
     if (here) x[place] = 0;
-    *dot = (*dot + *sum * gap) * less + more;
-    *sum = *sum * less + fresh;
+    *sum *= less; /* before it meets the gap, which may be as large as a number can be */
+    *dot = *dot * less + *sum * gap + more;
+    *sum += fresh;
     *top = new_top;
     shrink[row] = less;
   }
