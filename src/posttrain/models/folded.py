@@ -188,35 +188,37 @@ class Folded(torch.autograd.Function):
         grad_hidden = slope_ND * grad_N1.to(slope_ND.dtype) if slope_ND is not None else None
         if not more:
             return grad_hidden, *[None] * 6
-        hidden_ND, weight_VD, bias_V, *_ = more
+        hidden_ND, weight_VD, bias_V, *known = more
         head = Head(weight_VD.to(hidden_ND.dtype), bias_V, softcap, scale)
-        return grad_hidden, *_of_weights(head, weight_VD.dtype, more, grad_N1, temperature), *[None] * 4
+        grad_weight, grad_bias = _of_weights(head, hidden_ND, known, grad_N1, temperature)
+        of_bias = None if grad_bias is None else grad_bias.to(bias_V.dtype)
+        return grad_hidden, grad_weight.to(weight_VD.dtype), of_bias, *[None] * 4
 
 
 def _of_weights(
-    head: Head, dtype: torch.dtype, kept: list[Tensor], grad_N1: Tensor, temperature: float
+    head: Head, hidden_ND: Tensor, known: list[Tensor], grad_N1: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of weight and bias. Columns are the outer loop: a block of the gradient is written while it is near."""
-    hidden_ND, _, bias_V, target_N, lse_N, logp_N = kept
+    """Gradients of weight and bias; `known` of each row: target, lse, logp. Columns are the outer loop: a block of the
+    gradient is written while it is near."""
     fast = _has_kernel(head, hidden_ND)
     scaled_ND = hidden_ND * grad_N1.to(hidden_ND.dtype)
     make = torch.empty_like if len(hidden_ND) else torch.zeros_like
     grad_weight = make(head.weight_VD, dtype=grad_N1.dtype)
-    grad_bias = torch.zeros_like(bias_V, dtype=grad_N1.dtype) if bias_V is not None else None
+    grad_bias = None if head.bias_V is None else torch.zeros_like(head.bias_V, dtype=grad_N1.dtype)
     blocks = Blocks.of(len(hidden_ND), len(head.weight_VD), hidden_ND.device)
     for columns in blocks.columns:
         part = head.of_columns(columns)
         for rows in blocks.rows:
             slope_RC = _logits(part, hidden_ND[rows], temperature, fast)
             steep_RC = steepness(slope_RC, head, temperature)
-            known = target_N[rows], lse_N[rows], logp_N[rows]
+            target_R, lse_R, logp_R = (x[rows] for x in known)
             if fast:
-                kernels.unfold(slope_RC, *known, _factor(head, temperature), columns.start)
+                kernels.unfold(slope_RC, target_R, lse_R, logp_R, _factor(head, temperature), columns.start)
             else:
-                _unfold(slope_RC, *known, columns.start)
+                _unfold(slope_RC, target_R, lse_R, logp_R, columns.start)
             if steep_RC is not None:
                 slope_RC *= steep_RC
             add_product(grad_weight[columns], slope_RC.T.to(hidden_ND.dtype), scaled_ND[rows], fresh=not rows.start)
             if grad_bias is not None:
                 grad_bias[columns] += (slope_RC.T @ grad_N1[rows]).squeeze(1)
-    return grad_weight.to(dtype), None if grad_bias is None else grad_bias.to(bias_V.dtype)
+    return grad_weight, grad_bias

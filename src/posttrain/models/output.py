@@ -48,10 +48,8 @@ class Head:
 
     def of_columns(self, columns: slice) -> Head:
         """The layer of these tokens alone."""
-        if columns.stop - columns.start == len(self.weight_VD):
-            return self
-        bias = None if self.bias_V is None else self.bias_V[columns]
-        return replace(self, weight_VD=self.weight_VD[columns], bias_V=bias, packed=None)
+        bias_V = None if self.bias_V is None else self.bias_V[columns]
+        return replace(self, weight_VD=self.weight_VD[columns], bias_V=bias_V)
 
     def logits(self, hidden_ND: Tensor, temperature: float = 1.0) -> Tensor:
         """(N, V) in float32 or wider. For the sampler and for tiles; never call it on a whole training batch."""
