@@ -72,7 +72,7 @@ def fold(
 ) -> Fold:
     """One pass over the vocabulary: one product with W, and one more for `slope`."""
     head.weight_VD[:, 0].index_select(0, target_R)  # IndexError where a target is not in the vocabulary
-    fast = _has_kernel(head, hidden_RD)
+    fast = has_kernel(head, hidden_RD)
     kept_4R = hidden_RD.new_zeros((4, len(hidden_RD)), dtype=wide(hidden_RD))
     kept_4R[0] = -torch.inf
     slope_RD = None
@@ -102,8 +102,8 @@ def fold(
     return Fold(logp_R, log_sum_R - dot_R / sum_R, top_R + log_sum_R, slope_RD)
 
 
-def _has_kernel(head: Head, hidden_RD: Tensor) -> bool:
-    return head.softcap is None and kernels.serve(hidden_RD, head.weight_VD, head.bias_V)
+def has_kernel(head: Head, hidden_RD: Tensor, slope_RV: Tensor | None = None) -> bool:
+    return head.softcap is None and kernels.serve(hidden_RD, head.weight_VD, head.bias_V, slope_RV)
 
 
 def _factor(head: Head, temperature: float) -> float:
@@ -184,8 +184,7 @@ class Folded(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor, _entropy: Tensor) -> tuple[Tensor | None, ...]:
         slope_ND, *more = ctx.saved_tensors
         softcap, scale, temperature = ctx.constants
-        grad_N1 = grad_N[:, None] * (-scale / temperature)  # what the slopes were left without
-        grad_hidden = slope_ND * grad_N1.to(slope_ND.dtype) if slope_ND is not None else None
+        grad_N1, grad_hidden = of_hidden(grad_N, slope_ND, scale / temperature)
         if not more:
             return grad_hidden, *[None] * 6
         hidden_ND, weight_VD, bias_V, *known = more
@@ -195,12 +194,18 @@ class Folded(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight_VD.dtype), of_bias, *[None] * 4
 
 
+def of_hidden(grad_N: Tensor, slope_ND: Tensor | None, factor: float) -> tuple[Tensor, Tensor | None]:
+    """(gradients (N, 1) with the factor the slopes were left without; those of the hidden states, where wanted)"""
+    grad_N1 = grad_N[:, None] * -factor
+    return grad_N1, None if slope_ND is None else slope_ND * grad_N1.to(slope_ND.dtype)
+
+
 def _of_weights(
     head: Head, hidden_ND: Tensor, known: list[Tensor], grad_N1: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of weight and bias; `known` of each row: target, lse, logp. Columns are the outer loop: a block of the
     gradient is written while it is near."""
-    fast = _has_kernel(head, hidden_ND)
+    fast = has_kernel(head, hidden_ND)
     scaled_ND = hidden_ND * grad_N1.to(hidden_ND.dtype)
     make = torch.empty_like if len(hidden_ND) else torch.zeros_like
     grad_weight = make(head.weight_VD, dtype=grad_N1.dtype)

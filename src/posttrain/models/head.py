@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from posttrain.models.folded import Blocks, Folded, fold, is_large, on, steepness, tiles
+from posttrain.models.folded import Blocks, Folded, fold, has_kernel, is_large, of_hidden, on, steepness, tiles
 from posttrain.models.memory import MAPPED_FROM
 from posttrain.models.native import kernels
 from posttrain.models.output import Head, add_product, wide
@@ -81,7 +81,7 @@ def log_probs(hidden_ND: Tensor, target_N: Tensor, head: Head, temperature: floa
     head = head.laid_out(len(rows_of_tiles), hidden_ND)
     for tile in rows_of_tiles:
         hidden_RD, target_R = hidden_ND[tile], target_N[tile]
-        if _has_kernel(head, hidden_RD):
+        if has_kernel(head, hidden_RD):
             logp_N[tile], _ = _score_by_kernel(head, hidden_RD, target_R, temperature, None, entropy=False)
         else:
             logp_RV = head.logits(hidden_RD, temperature).log_softmax(-1)
@@ -97,10 +97,6 @@ def log_collision(hidden_ND: Tensor, head: Head, temperature: float = 1.0) -> Te
         logit_RV = head.logits(hidden_ND[tile], temperature)
         found_N[tile] = (2.0 * logit_RV).logsumexp(-1) - 2.0 * logit_RV.logsumexp(-1)
     return found_N
-
-
-def _has_kernel(head: Head, hidden_RD: Tensor, slope_RV: Tensor | None = None) -> bool:
-    return head.softcap is None and kernels.serve(hidden_RD, head.weight_VD, head.bias_V, slope_RV)
 
 
 def _score_by_kernel(
@@ -121,7 +117,7 @@ def _score_tile(
     head: Head, hidden_RD: Tensor, target_R: Tensor, temperature: float, slope_RV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(logp_R, entropy_R): one tile. Writes −d logp / d raw, less the factor scale / temperature, into `slope_RV`."""
-    if _has_kernel(head, hidden_RD, slope_RV):
+    if has_kernel(head, hidden_RD, slope_RV):
         return _score_by_kernel(head, hidden_RD, target_R, temperature, slope_RV)
     logit_RV = head.logits(hidden_RD, temperature)
     factor_RV = steepness(logit_RV, head, temperature) if slope_RV is not None else None
@@ -234,8 +230,7 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor, _entropy: Tensor) -> tuple[Tensor | None, ...]:
         slope_ND, *more = ctx.saved_tensors
         softcap, scale, temperature = ctx.constants
-        grad_N1 = grad_N[:, None] * (-scale / temperature)  # what the slopes were left without
-        grad_hidden = slope_ND * grad_N1.to(slope_ND.dtype) if slope_ND is not None else None
+        grad_N1, grad_hidden = of_hidden(grad_N, slope_ND, scale / temperature)
         if not more:
             return grad_hidden, *[None] * 6
         hidden_ND, weight_VD, bias_V, target_N = more
